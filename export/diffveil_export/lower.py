@@ -1,0 +1,100 @@
+"""Lowers a module to ONNX through `torch.export`, with a dynamic batch."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import onnx_ir as ir
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from diffveil.programs import DYNAMIC_AXES, ProgramSpec
+
+__all__ = ["OPSET", "lower"]
+
+OPSET = 20
+"""ONNX operator set of every program: the newest that ONNX Runtime 1.20 and TensorRT 10.3 read."""
+
+
+def lower(module: nn.Module, spec: ProgramSpec, inputs: tuple[torch.Tensor, ...]) -> ir.Model:
+    """Export `module` as the program `spec`.
+
+    Args:
+        module: Takes and returns what `spec` declares, in order; evaluation mode, frozen weights.
+        spec: Names inputs and outputs, and which axes are dynamic.
+        inputs: Example inputs with a batch of at least two.
+
+    Returns:
+        A model whose graph inputs and outputs are named as in `spec`; weights in memory.
+    """
+    dynamic = tuple(
+        {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(tensor.axes) if axis in DYNAMIC_AXES}
+        for tensor in spec.inputs
+    )
+    # The fused attention operator has no gradient that could be lowered and no advantage here:
+    # engines recognise the plain formula.
+    with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet():
+        exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        program = torch.onnx.export(
+            exported,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[t.name for t in spec.inputs],
+            output_names=[t.name for t in spec.outputs],
+            optimize=True,
+            verbose=False,
+        )
+    assert program is not None
+    model = program.model
+    _name_axes(model, spec)
+    _strip(model)
+    return model
+
+
+def _name_axes(model: ir.Model, spec: ProgramSpec) -> None:
+    """Name dynamic axes as the declaration does, whatever symbols tracing invented."""
+    tensors = zip(
+        (*model.graph.inputs, *model.graph.outputs), (*spec.inputs, *spec.outputs), strict=True
+    )
+    for value, tensor in tensors:
+        assert value.name == tensor.name, f"{value.name} is not {tensor.name}"
+        if value.shape is not None:
+            sizes = zip(tensor.axes, value.shape, strict=True)
+            value.shape = ir.Shape([a if a in DYNAMIC_AXES else d for a, d in sizes])
+
+
+def _strip(model: ir.Model) -> None:
+    """Drop what tracing noted about itself: source lines, paths and module names.
+
+    They make files larger and name folders of the machine that exported.
+    """
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for node in model.graph.all_nodes():
+        node.metadata_props.clear()
+        node.doc_string = None
+        for value in node.outputs:
+            value.metadata_props.clear()
+    for value in (*model.graph.inputs, *model.graph.initializers.values()):
+        value.metadata_props.clear()
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what PyTorch's exporter says about its own internals."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch.export")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", module=r"torch\..*")
+            warnings.filterwarnings("ignore", module=r"(onnxscript|onnx_ir|copyreg)\b.*")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

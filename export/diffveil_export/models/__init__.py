@@ -1,0 +1,1 @@
+"""Loaders: one module a family of source models. Each ends in `Components`."""

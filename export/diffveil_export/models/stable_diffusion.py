@@ -1,0 +1,289 @@
+"""Loads the Stable Diffusion 1.x family: a diffusers folder, MSI weights and a recognizer.
+
+MODEL/vae, MODEL/unet            diffusers AutoencoderKL and UNet2DConditionModel
+MODEL/text_encoder, tokenizer    transformers CLIPTextModel, and the tokenizer's vocab.json
+MODEL/image_encoder              transformers CLIPVisionModel (another folder may be named)
+--msi                            MSI weights, safetensors
+--recognizer                     IR-SE50 weights, safetensors or a plain PyTorch state dict
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from diffveil.errors import OptionError
+from diffveil.schedule import NoiseSchedule
+from diffveil_export.components import Components, arcface_template, measure_dimensions
+from diffveil_export.models._unet import DiffusersUNet
+from diffveil_export.models.clip import MSIInput, TextExpander, VisionEmbedder
+from diffveil_export.models.irse50 import IRSE50
+from diffveil_export.models.msi import msi_from_state
+from diffveil_export.resize import LinearResize, bilinear, crop, pool, separable_matrix
+
+__all__ = [
+    "CroppedRecognizer",
+    "assemble",
+    "is_stable_diffusion_folder",
+    "load_stable_diffusion",
+    "read_state",
+]
+
+_PARTS = ("vae", "unet", "text_encoder", "tokenizer")
+_ROWS, _COLUMNS = (35, 223), (32, 220)  # of a 256-pixel photo: the published method's framing
+_DEFAULT_SCALE = 0.18215
+
+
+class ScaledAutoencoder(nn.Module):
+    """Adapts `diffusers.AutoencoderKL`: posterior mean, scaled to unit variance."""
+
+    def __init__(self, vae: Any) -> None:
+        super().__init__()
+        self.vae = vae
+        self.scale = float(getattr(vae.config, "scaling_factor", None) or _DEFAULT_SCALE)
+
+    def encode(self, image: torch.Tensor) -> torch.Tensor:
+        """Latents [B, C, s, s] of images [B, 3, S, S] in [-1, 1]."""
+        moments = self.vae.encoder(image)
+        if self.vae.quant_conv is not None:
+            moments = self.vae.quant_conv(moments)
+        mean: torch.Tensor = moments.chunk(2, dim=1)[0]
+        return mean * self.scale
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, S, S] of latents [B, C, s, s]."""
+        latent = latent / self.scale
+        if self.vae.post_quant_conv is not None:
+            latent = self.vae.post_quant_conv(latent)
+        image: torch.Tensor = self.vae.decoder(latent)
+        return image
+
+
+class CroppedRecognizer(nn.Module):
+    """Cuts the published framing out of a photo and embeds it.
+
+    The photo is resized to 256 pixels, rows 35…222 and columns 32…219 are kept and pooled to 112:
+    two constant matrices in all.
+
+    Args:
+        recognizer: Maps [B, 3, 112, 112] in [-1, 1] to unit embeddings [B, E].
+        image_size: Side S of the photos in pixels.
+    """
+
+    def __init__(self, recognizer: nn.Module, image_size: int) -> None:
+        super().__init__()
+        self.recognizer = recognizer
+        self.resize = LinearResize(
+            separable_matrix(image_size, bilinear(256), crop(*_ROWS), pool(112)),
+            separable_matrix(image_size, bilinear(256), crop(*_COLUMNS), pool(112)),
+        )
+
+    def forward(self, image: torch.Tensor) -> torch.Tensor:
+        """Unit embeddings [B, E] of photos [B, 3, S, S] in [-1, 1]."""
+        embedding: torch.Tensor = self.recognizer(self.resize(image))
+        return embedding
+
+
+def assemble(
+    *,
+    name: str,
+    vae: Any,
+    unet: Any,
+    text: Any,
+    vision: Any,
+    vocabulary: Mapping[str, int],
+    msi_state: Mapping[str, torch.Tensor],
+    recognizer: nn.Module,
+    msi_input: MSIInput = "rgb",
+    msi_heads: int = 8,
+    schedule: NoiseSchedule | None = None,
+    licence: str = "that of the source weights",
+    provenance: Mapping[str, str] | None = None,
+) -> Components:
+    """Join loaded parts.
+
+    Args:
+        name: Name of the model.
+        vae: diffusers `AutoencoderKL`.
+        unet: diffusers `UNet2DConditionModel`; its `sample_size` decides the image size.
+        text: transformers `CLIPTextModel`.
+        vision: transformers `CLIPVisionModel`.
+        vocabulary: Token numbers by text, as in `vocab.json`.
+        msi_state: MSI weights by name.
+        recognizer: Maps [B, 3, 112, 112] in [-1, 1] to unit embeddings.
+        msi_input: See `VisionEmbedder`.
+        msi_heads: Attention heads of MSI.
+        schedule: Noise schedule of the UNet; by default SD 1.x's.
+        licence: Licence of the weights.
+        provenance: Where the weights come from, by topic.
+
+    Raises:
+        OptionError: Parts do not fit each other.
+    """
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    size = int(unet.config.sample_size) * factor
+    prompt, empty = _prompts(vocabulary, int(text.config.max_position_embeddings))
+    for module in (vae, unet, text, vision, recognizer):
+        module.eval().requires_grad_(False)
+    autoencoder = ScaledAutoencoder(vae)
+    embedder = VisionEmbedder(vision, msi_from_state(msi_state, msi_heads), size, msi_input)
+    expander = TextExpander(text, prompt, position=1)
+    cropped = CroppedRecognizer(recognizer, size)
+    with torch.no_grad():
+        unconditional = TextExpander(text, empty, position=1).encode_prompt()
+    dimensions = measure_dimensions(size, autoencoder, embedder, expander, cropped)
+    if dimensions.conditioning_width != unet.config.cross_attention_dim:
+        raise OptionError(
+            f"text encoder and UNet do not fit: the encoder's width is "
+            f"{dimensions.conditioning_width}, the UNet attends to "
+            f"{unet.config.cross_attention_dim}"
+        )
+    scale = size / 256
+    return Components(
+        name=name,
+        autoencoder=autoencoder,
+        unet=DiffusersUNet(unet),
+        embedder=embedder,
+        expander=expander,
+        recognizer=cropped,
+        unconditional=unconditional,
+        dimensions=dimensions,
+        template=arcface_template(
+            size, _COLUMNS[0] * scale, _ROWS[0] * scale, (_ROWS[1] - _ROWS[0]) * scale
+        ),
+        licence=licence,
+        schedule=schedule or NoiseSchedule(),
+        provenance={**(provenance or {}), "msi_input": msi_input},
+    )
+
+
+def is_stable_diffusion_folder(folder: Path) -> bool:
+    """Whether `folder` is laid out as this module's docstring says."""
+    return all((folder / part).is_dir() for part in ("vae", "unet", "text_encoder"))
+
+
+def load_stable_diffusion(
+    folder: Path,
+    *,
+    msi: Path,
+    recognizer: Path,
+    vision: Path | None = None,
+    msi_input: MSIInput = "rgb",
+) -> Components:
+    """Load a model of the Stable Diffusion 1.x family.
+
+    Args:
+        folder: The diffusers folder.
+        msi: MSI weights.
+        recognizer: IR-SE50 weights.
+        vision: CLIP vision tower; by default `image_encoder` in `folder`.
+        msi_input: See `VisionEmbedder`.
+
+    Raises:
+        OptionError: Parts or tensors are missing, unexpected or do not fit; all are named.
+    """
+    import diffusers
+    import transformers
+
+    # These packages' methods carry no types.
+    vae_class: Any = diffusers.AutoencoderKL
+    unet_class: Any = diffusers.UNet2DConditionModel
+    text_class: Any = transformers.CLIPTextModel
+    vision_class: Any = transformers.CLIPVisionModel
+    vision = vision or folder / "image_encoder"
+    wanted = [*(folder / part for part in _PARTS), vision, msi, recognizer]
+    missing = [str(path) for path in wanted if not path.exists()]
+    if missing:
+        raise OptionError(f"missing for a Stable Diffusion export: {', '.join(missing)}")
+    local = {"local_files_only": True, "torch_dtype": torch.float32}
+    return assemble(
+        name=folder.name,
+        vae=vae_class.from_pretrained(folder / "vae", **local),
+        unet=unet_class.from_pretrained(folder / "unet", **local),
+        text=text_class.from_pretrained(folder / "text_encoder", local_files_only=True).float(),
+        vision=vision_class.from_pretrained(vision, local_files_only=True).float(),
+        vocabulary=json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")),
+        msi_state=read_state(msi),
+        recognizer=_load_recognizer(recognizer),
+        msi_input=msi_input,
+        schedule=_schedule(folder / "scheduler" / "scheduler_config.json"),
+    )
+
+
+def read_state(file: Path) -> dict[str, torch.Tensor]:
+    """Tensors by name from a safetensors file or a plain PyTorch state dict.
+
+    Nothing in the file is executed: PyTorch files are read with `weights_only`.
+
+    Raises:
+        OptionError: The file is neither.
+    """
+    if file.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(file)
+        except SafetensorError as error:
+            raise OptionError(f"'{file}' is not a safetensors file: {error}") from error
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # UnpicklingError is pickle's own class, and not the only one
+        raise OptionError(
+            f"'{file}' is not a plain state dict of tensors; convert it to safetensors"
+        ) from error
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise OptionError(f"'{file}' holds something else than tensors by name")
+    return state
+
+
+def _load_recognizer(file: Path) -> IRSE50:
+    state = read_state(file)
+    model = IRSE50()
+    result = model.load_state_dict(
+        {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, strict=False
+    )
+    problems = [
+        f"missing {n}" for n in result.missing_keys if not n.endswith("num_batches_tracked")
+    ]
+    problems += [f"unexpected {n}" for n in result.unexpected_keys]
+    if problems:
+        raise OptionError(f"'{file}' is not IR-SE50: {', '.join(problems[:20])}")
+    return model.eval()
+
+
+def _prompts(vocabulary: Mapping[str, int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token numbers [T] of the prompt "*" and of the empty prompt, padded with the end token."""
+    try:
+        start, end = vocabulary["<|startoftext|>"], vocabulary["<|endoftext|>"]
+        star = vocabulary["*</w>"]
+    except KeyError as error:
+        raise OptionError(f"the tokenizer's vocabulary lacks {error}") from error
+    prompt = [start, star, *[end] * (length - 2)]
+    empty = [start, *[end] * (length - 1)]
+    return torch.tensor(prompt), torch.tensor(empty)
+
+
+def _schedule(file: Path) -> NoiseSchedule:
+    """The schedule that the folder states; SD 1.x's where it states none."""
+    if not file.is_file():
+        return NoiseSchedule()
+    config = json.loads(file.read_text(encoding="utf-8"))
+    expected = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}
+    wrong = [
+        f"{key}: received {config[key]!r}, expected {value!r}"
+        for key, value in expected.items()
+        if key in config and config[key] != value
+    ]
+    if wrong:
+        raise OptionError(f"'{file}': " + "; ".join(wrong))
+    return NoiseSchedule(
+        steps=int(config.get("num_train_timesteps", 1000)),
+        beta_start=float(config.get("beta_start", 0.00085)),
+        beta_end=float(config.get("beta_end", 0.012)),
+    )

@@ -1,0 +1,1 @@
+"""The small latent diffusion model that ships as `reference-128`: its networks, in PyTorch."""

@@ -1,0 +1,164 @@
+"""What the training scripts of this recipe share: data, schedule, averaging, checkpoints."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import nn
+
+CROP = 128
+CENTER = 16  # offset of the central 128×128 crop in a 160×160 face
+
+
+def load_faces(work: Path) -> np.ndarray:
+    """Training faces, uint8 [N, 160, 160, 3] RGB, memory-mapped."""
+    return np.load(work / "train.npy", mmap_mode="r")
+
+
+def to_unit(batch: np.ndarray) -> torch.Tensor:
+    """uint8 [B, H, W, 3] → float32 [B, 3, H, W] in [-1, 1], channels last."""
+    image = torch.from_numpy(np.ascontiguousarray(batch)).permute(0, 3, 1, 2)
+    return image.float().div_(127.5).sub_(1.0)
+
+
+def batches(
+    faces: np.ndarray, size: int, rng: np.random.Generator, jitter: int = 0
+) -> Iterator[tuple[np.ndarray, torch.Tensor]]:
+    """Endless shuffled batches: rows, and their crops [B, 3, 128, 128], randomly flipped."""
+    while True:
+        order = rng.permutation(len(faces))
+        for start in range(0, len(order) - size + 1, size):
+            rows = order[start : start + size]
+            crops = np.empty((size, CROP, CROP, 3), np.uint8)
+            for i, row in enumerate(rows):
+                dy, dx = CENTER + rng.integers(-jitter, jitter + 1, 2)
+                crop = faces[row, dy : dy + CROP, dx : dx + CROP]
+                crops[i] = crop[:, ::-1] if rng.random() < 0.5 else crop
+            yield rows, to_unit(crops)
+
+
+class Average:
+    """Exponential moving average of a network's parameters and buffers."""
+
+    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.decay = decay
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        mine, theirs = self.network.state_dict(), network.state_dict()
+        floating = [k for k in mine if mine[k].is_floating_point()]
+        torch._foreach_lerp_([mine[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
+
+
+class Clock:
+    """Wall-clock training budget: the learning rate follows the share of it already spent.
+
+    A recipe bounded by time gives its best on any machine; the time spent is part of the
+    checkpoint, so an interrupted run resumes where it was on its schedule.
+    """
+
+    def __init__(self, minutes: float, peak: float, spent: float = 0.0, floor: float = 0.0) -> None:
+        self.budget, self.peak, self.floor = 60 * minutes, peak, floor
+        self.spent, self._last = spent, time.monotonic()
+
+    def tick(self) -> float:
+        """Account for the time since the last call; return the share of the budget spent."""
+        now = time.monotonic()
+        self.spent += now - self._last
+        self._last = now
+        return self.spent / self.budget
+
+    def rate(self, share: float, step: int, warmup: int = 200) -> float:
+        """Learning rate: linear warm-up in steps, then half a cosine in time."""
+        cosine = 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+        return min(1.0, (step + 1) / warmup) * (self.floor + (self.peak - self.floor) * cosine)
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint so that a killed run leaves the previous one whole."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    os.replace(partial, path)
+
+
+class Run:
+    """A resumable training run: what is trained, how far it is, and when it ends.
+
+    Args:
+        path: Checkpoint; read if it exists. Tensors and plain values only, nothing is unpickled.
+        parts: Networks and optimizers by name.
+        clock: Schedule; resumes with the time already spent.
+    """
+
+    def __init__(self, path: Path, parts: dict[str, Any], clock: Clock) -> None:
+        self.path, self.parts, self.clock, self.step = path, parts, clock, 0
+        if path.exists():
+            state = torch.load(path, weights_only=True)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.step, clock.spent = state["step"], state["spent"]
+
+    def begin_step(self, *optimizers: torch.optim.Optimizer) -> bool:
+        """Set the learning rate; False when the budget is spent."""
+        self.share = self.clock.tick()
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.clock.rate(self.share, self.step)
+        return self.share < 1
+
+    def save(self) -> None:
+        """Write the checkpoint."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        save_checkpoint(self.path, {**state, "step": self.step, "spent": self.clock.spent})
+
+    def log(self, **values: float) -> None:
+        """Print a line of progress."""
+        figures = " ".join(f"{name} {value:.4f}" for name, value in values.items())
+        print(f"step {self.step} {self.share:.0%} {figures}", flush=True)
+
+
+def adamw(network: nn.Module, decay: float, beta: float = 0.9) -> torch.optim.Optimizer:
+    """The optimizer of every script here; its learning rate is set at each step."""
+    return torch.optim.AdamW(
+        network.parameters(), betas=(beta, 0.99), weight_decay=decay, fused=True
+    )
+
+
+def backward(loss: torch.Tensor, optimizer: torch.optim.Optimizer, network: nn.Module) -> None:
+    """One clipped optimizer step down the gradient of `loss`."""
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+    optimizer.step()
+
+
+def held_out(work: Path, every: int, count: int) -> torch.Tensor:
+    """Some held-out faces [B, 3, 128, 128] in [-1, 1], to watch progress on."""
+    paths = sorted((work / "heldout").rglob("*.png"))[::every][:count]
+    inner = slice(CENTER, CENTER + CROP)
+    return to_unit(np.stack([np.asarray(Image.open(p))[inner, inner] for p in paths]))
+
+
+def save_sheet(path: Path, rows: list[torch.Tensor]) -> None:
+    """Write rows of images [B, 3, H, W] in [-1, 1] as one picture."""
+    sheet = torch.cat([torch.cat(list(row), 2) for row in rows], 1).clamp(-1, 1)
+    pixels = ((sheet + 1) * 127.5).permute(1, 2, 0).to(torch.uint8).cpu().numpy()
+    Image.fromarray(pixels).save(path)
+
+
+def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of images in [-1, 1]."""
+    mse = ((a.clamp(-1, 1) - b) / 2).square().flatten(1).mean(1)
+    return float((-10 * mse.log10()).mean())

@@ -1,0 +1,72 @@
+"""Protects faces in photos with a diffusion model; who holds the key gets them back.
+
+protector = diffveil.Protector.load()
+result = protector.anonymize("group.jpg")
+result.save("group-anonymized.jpg")
+result.key.seal("group.veilkey", passphrase="…")
+
+key = diffveil.RecoveryKey.unseal("group.veilkey", passphrase="…")
+protector.recover("group-anonymized.jpg", key).save("group-recovered.png")
+"""
+
+from __future__ import annotations
+
+from diffveil._version import __version__
+from diffveil.bundle import Bundle
+from diffveil.errors import (
+    BackendUnavailableError,
+    BundleCorruptError,
+    BundleError,
+    BundleVersionError,
+    DiffveilError,
+    EngineError,
+    KeyFileError,
+    KeyMismatchError,
+    NoFaceError,
+    OptionError,
+    PhotoError,
+    WrongSecretError,
+)
+from diffveil.faces import Face, FaceDetector
+from diffveil.keys import FaceKey, RecoveryKey, generate_identity, inspect_keyfile
+from diffveil.noise import NoiseKey
+from diffveil.photos import Photo, load_photo, save_photo
+from diffveil.presets import PRESETS, Guidance, Inversion, Plan, Preset, preset
+from diffveil.protector import Protector
+from diffveil.result import FaceEmbeddings, Result
+
+__all__ = [
+    "PRESETS",
+    "BackendUnavailableError",
+    "Bundle",
+    "BundleCorruptError",
+    "BundleError",
+    "BundleVersionError",
+    "DiffveilError",
+    "EngineError",
+    "Face",
+    "FaceDetector",
+    "FaceEmbeddings",
+    "FaceKey",
+    "Guidance",
+    "Inversion",
+    "KeyFileError",
+    "KeyMismatchError",
+    "NoFaceError",
+    "NoiseKey",
+    "OptionError",
+    "Photo",
+    "PhotoError",
+    "Plan",
+    "Preset",
+    "Protector",
+    "RecoveryKey",
+    "Result",
+    "WrongSecretError",
+    "__version__",
+    "generate_identity",
+    "inspect_keyfile",
+    "load_photo",
+    "preset",
+    "save_photo",
+]

@@ -1,0 +1,268 @@
+"""Parses the command line, runs one command and turns errors into exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from diffveil._version import __version__
+from diffveil.cli.exits import ExitCode, exit_code_of
+
+__all__ = ["build_parser", "main"]
+
+EXITS = """\
+exit status:
+  0 done    2 usage    3 no face found    4 wrong passphrase or identity
+  5 a photo, key file or bundle is broken or does not match    1 anything else
+"""
+
+OVERVIEW = """\
+Protects the faces in photos: anonymize makes them strangers, hide changes them for people but
+not for the recognizer you authorise, recover gives them back to whoever can open the key.
+"""
+
+START = f"""\
+a first round trip:
+  diffveil anonymize group.jpg --key group.veilkey     asks for a passphrase, twice
+  diffveil recover group-anonymized.jpg --key group.veilkey
+
+`diffveil COMMAND --help` shows every option with examples; `diffveil doctor` what is installed.
+
+{EXITS}"""
+
+EXAMPLES = {
+    "anonymize": """\
+examples:
+  diffveil anonymize group.jpg
+      writes group-anonymized.jpg; its recovery key is discarded: diffveil cannot go back
+  diffveil anonymize group.jpg --key group.veilkey
+      keeps the way back, sealed to a passphrase that is asked for
+  diffveil anonymize holiday/ -o shared/ --key keys/ --recipient age1…
+      a folder of photos; only the holder of that age identity can recover them
+  diffveil anonymize 'cam-*.png' -o out/ --passphrase-file pass.txt --key keys/ --json
+      for scripts: no question, one JSON object a photo
+  diffveil anonymize portrait.jpg --variants 4 --seed 7
+      four different strangers, portrait-anonymized-1.jpg … -4.jpg, the same at every run
+""",
+    "hide": """\
+examples:
+  diffveil hide badge.jpg --key badge.veilkey
+      people see somebody else; the bundle's own recognizer still sees the same person
+  diffveil hide gallery/ -o hidden/
+      a folder of photos; their recovery keys are discarded
+  diffveil hide badge.jpg --preset paper
+      the published recipe: slower, the yardstick for the default
+""",
+    "recover": """\
+examples:
+  diffveil recover group-anonymized.jpg --key group.veilkey
+      asks for the passphrase and writes group-anonymized-recovered.jpg
+  diffveil recover shared/ --key keys/ --identity me.agekey -o originals/
+      a folder; each photo's key is the file of its name in keys/
+A wrong passphrase or identity ends with status 4 and writes nothing: there is no wrong face.
+""",
+    "inspect": """\
+examples:
+  diffveil inspect group.veilkey     how it is sealed; opens nothing
+  diffveil inspect my-bundle/        shape, programs, licence; checks every file's hash
+""",
+    "doctor": """\
+example:
+  diffveil doctor      versions, the backends of this machine, which one is chosen and why
+""",
+    "export": """\
+example:
+  diffveil export stable-diffusion/ -o my-bundle/ --msi msi.pt --recognizer irse50.pt
+""",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line.
+
+    Args:
+        arguments: what follows the program's name; `sys.argv` where None.
+
+    Returns:
+        The exit code. Misuse that argparse finds ends the process with 2, as argparse does.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    _never_fail_to_print()
+    try:
+        args = build_parser(arguments).parse_args(arguments)
+        run: Callable[[argparse.Namespace], int] = import_module(args.module).run
+        return int(run(args))
+    except KeyboardInterrupt:
+        print("diffveil: interrupted; files are either complete or untouched", file=sys.stderr)
+        return ExitCode.INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output has gone (`| head`). Python would complain once more when it
+        # flushes standard output at the end: let that go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return ExitCode.FAILED
+    except Exception as error:
+        code = exit_code_of(error)
+        if code is None:
+            raise
+        print(f"diffveil: {error}", file=sys.stderr)
+        return code
+
+
+def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
+    """The parser of every command; the exporter's own options only when it is asked for.
+
+    Raises:
+        BackendUnavailableError: `export` is asked for and its extra is not installed.
+    """
+    parser = argparse.ArgumentParser(
+        prog="diffveil",
+        description=OVERVIEW,
+        epilog=START,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"diffveil {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, module: str, summary: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=summary[0].upper() + summary[1:] + ".",
+            epilog=EXAMPLES[name] + "\n" + EXITS,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,  # an abbreviation that works today breaks with a new option
+        )
+        command.set_defaults(module=f"diffveil.cli.{module}")
+        return command
+
+    _add_protection(add("anonymize", "protect", "make every face a stranger's"))
+    _add_protection(add("hide", "protect", "change faces for people, not for the recognizer"))
+    _add_recovery(add("recover", "recover", "give the faces back, with their key"))
+
+    inspect = add("inspect", "inspect", "describe a bundle or a key file, never secrets")
+    inspect.add_argument("path", metavar="PATH", help="a bundle's folder or a key file")
+    inspect.add_argument("--json", action="store_true", help="one JSON object")
+
+    doctor = add("doctor", "doctor", "show what is installed and which backend is chosen")
+    doctor.add_argument("--bundle", metavar="DIR", help="judge for this bundle")
+    doctor.add_argument("--json", action="store_true", help="one JSON object")
+
+    export = add("export", "export", "turn trained weights into a bundle (extra: export)")
+    if next((word for word in arguments if not word.startswith("-")), None) == "export":
+        from diffveil.cli.export import exporter
+
+        exporter().add_arguments(export)
+    return parser
+
+
+def _add_protection(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, "PHOTO", "photos, globs or folders")
+    sealing = parser.add_argument_group("recovery key")
+    sealing.add_argument(
+        "--key",
+        metavar="KEYFILE",
+        help="keep the recovery key in this new file (for several photos: folder); "
+        "without it the key is discarded",
+    )
+    secret = sealing.add_mutually_exclusive_group()
+    secret.add_argument(
+        "--passphrase-file",
+        metavar="F",
+        help="seal with the passphrase on the only line of this file (default: ask)",
+    )
+    secret.add_argument(
+        "--recipient",
+        metavar="age1…",
+        action="append",
+        help="seal to this age public key instead; may be given several times",
+    )
+    look = parser.add_argument_group("result")
+    look.add_argument(
+        "--variants", metavar="N", type=_count, default=1, help="different results a photo"
+    )
+    look.add_argument("--preset", metavar="NAME", help="fast (default) or paper")
+    look.add_argument("--steps", metavar="N", type=_count, help="denoising steps of the preset")
+    look.add_argument(
+        "--strength", metavar="X", type=_share, help="how far from the photo, above 0 up to 1"
+    )
+    look.add_argument(
+        "--seed", metavar="N", type=_seed, help="the same result at every run (default: random)"
+    )
+    look.add_argument(
+        "--on-missing",
+        choices=("error", "keep"),
+        default="error",
+        help="a photo without a face: end with status 3 (default), or keep it as it is",
+    )
+    _add_machine(parser)
+
+
+def _add_recovery(parser: argparse.ArgumentParser) -> None:
+    _add_files(parser, "PROTECTED", "protected photos, globs or folders")
+    opening = parser.add_argument_group("recovery key")
+    opening.add_argument(
+        "--key",
+        metavar="KEYFILE",
+        required=True,
+        help="the photo's key file, or a folder of keys named after the photos",
+    )
+    secret = opening.add_mutually_exclusive_group()
+    secret.add_argument(
+        "--passphrase-file",
+        metavar="F",
+        help="open with the passphrase on the only line of this file (default: ask)",
+    )
+    secret.add_argument(
+        "--identity", metavar="AGE-IDENTITY-FILE", help="open with this age identity instead"
+    )
+    _add_machine(parser)
+
+
+def _add_files(parser: argparse.ArgumentParser, metavar: str, what: str) -> None:
+    parser.add_argument("photos", metavar=metavar, nargs="+", help=what)
+    parser.add_argument(
+        "-o",
+        "--output",
+        metavar="OUT",
+        help="a file for one photo, a folder for several (default: beside each photo); "
+        "inputs are never overwritten",
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a photo, a line each")
+
+
+def _add_machine(parser: argparse.ArgumentParser) -> None:
+    machine = parser.add_argument_group("machine")
+    machine.add_argument("--bundle", metavar="DIR", help="default: the embedded reference-128")
+    machine.add_argument("--backend", metavar="NAME", help="default: the best one, see doctor")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
+    return value
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
+    return value
+
+
+def _share(text: str) -> float:
+    value = float(text)
+    if not 0.0 < value <= 1.0:
+        raise argparse.ArgumentTypeError(f"expected above 0 up to 1, got {text}")
+    return value
+
+
+def _never_fail_to_print() -> None:
+    # File names may hold what the terminal's encoding cannot say: escape it, do not end with it.
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")

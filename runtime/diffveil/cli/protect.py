@@ -1,0 +1,175 @@
+"""`diffveil anonymize` and `diffveil hide`: photos in, protected photos and sealed keys out."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from diffveil.cli.exits import ExitCode, UsageError
+from diffveil.cli.paths import Job, find_photos, output_folder, plan_jobs, plan_keys
+from diffveil.cli.progress import ProgressBar
+from diffveil.cli.report import describe_photo, json_line, report_failure
+from diffveil.cli.secret import ask_passphrase, passphrase_from_file
+from diffveil.errors import NoFaceError, OptionError, PhotoError
+
+if TYPE_CHECKING:
+    from diffveil.keys import RecoveryKey
+    from diffveil.protector import Protector
+    from diffveil.result import Result
+
+__all__ = ["TAGS", "run"]
+
+TAGS = {"anonymize": "anonymized", "hide": "hidden"}
+_TOGETHER = 4  # photos a call: their faces share batches, their pixels share memory
+_Outcome: TypeAlias = "Result | PhotoError | NoFaceError"
+
+
+@dataclass(frozen=True, repr=False)
+class _Seal:
+    """What recovery keys are sealed to; never printed."""
+
+    passphrase: str | None
+    recipients: tuple[str, ...]
+
+    def seal(self, key: RecoveryKey, path: Path) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        key.seal(
+            path,
+            passphrase=self.passphrase,
+            recipients=self.recipients,
+            allow_weak_passphrase=True,  # judged in _plan_sealing
+            overwrite=False,
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Protects every photo; one that fails does not stop the others.
+
+    Returns:
+        0, or the exit code of the first photo that failed.
+
+    Raises:
+        UsageError: the command line cannot be meant; nothing was computed or written.
+    """
+    photos = find_photos(args.photos, exclude=output_folder(args.output))
+    jobs = plan_jobs(photos, args.output, tag=TAGS[args.command], variants=args.variants)
+    keys, seal = _plan_sealing(args, jobs)
+
+    from diffveil.protector import Protector
+
+    protector = Protector.load(args.bundle, backend=args.backend)
+    status: int = ExitCode.DONE
+    for start in range(0, len(jobs), _TOGETHER):
+        batch = jobs[start : start + _TOGETHER]
+        label = args.command
+        if len(jobs) > _TOGETHER:
+            label += f" {start + 1}-{start + len(batch)} of {len(jobs)}"
+        with ProgressBar(label) as bar:
+            outcomes = _protect(args, protector, [job.source for job in batch], bar)
+            for offset, (job, outcome) in enumerate(zip(batch, outcomes, strict=True)):
+                if isinstance(outcome, Exception):
+                    failure = report_failure(bar, job.source, outcome, as_json=args.json)
+                    status = status or failure
+                else:
+                    key = _write(job, outcome, keys[start + offset], seal)
+                    _report(args, bar, job, outcome, key)
+    return status
+
+
+def _plan_sealing(
+    args: argparse.Namespace, jobs: Sequence[Job]
+) -> tuple[Sequence[Path | None], _Seal | None]:
+    if args.key is None:
+        if args.passphrase_file or args.recipient:
+            raise UsageError("--passphrase-file and --recipient seal a key: add --key KEYFILE")
+        return [None] * len(jobs), None
+    keys = plan_keys(jobs, args.key)
+    # Whatever would be refused when sealing is refused here, before anything is computed.
+    from diffveil.keysecrets import check_passphrase, parse_recipients
+
+    if args.recipient:
+        parse_recipients(args.recipient)
+        return keys, _Seal(None, tuple(args.recipient))
+    if not args.passphrase_file:
+        passphrase = ask_passphrase(sealing=True)
+        check_passphrase(passphrase, allow_weak=False)
+        return keys, _Seal(passphrase, ())
+    passphrase = passphrase_from_file(args.passphrase_file)
+    check_passphrase(passphrase, allow_weak=True)
+    try:
+        check_passphrase(passphrase, allow_weak=False)
+    except OptionError:
+        # A file is a decision already made, often by a script; refusing it would only move the
+        # weak passphrase elsewhere. A person at the prompt can choose another, and must.
+        print(
+            f"diffveil: --passphrase-file {args.passphrase_file}: a weak passphrase; whoever gets "
+            "the key file can guess at it without limit",
+            file=sys.stderr,
+        )
+    return keys, _Seal(passphrase, ())
+
+
+def _protect(
+    args: argparse.Namespace, protector: Protector, sources: Sequence[Path], bar: ProgressBar
+) -> Iterator[_Outcome]:
+    operation: Callable[..., list[Result]] = getattr(protector, args.command)
+
+    def protect(some: Sequence[Path]) -> list[Result]:
+        return operation(
+            some,
+            variants=args.variants,
+            preset=args.preset,
+            steps=args.steps,
+            strength=args.strength,
+            seed=args.seed,
+            on_missing=args.on_missing,
+            make_key=args.key is not None,
+            progress=bar,
+        )
+
+    try:
+        yield from protect(sources)
+        return
+    except (PhotoError, NoFaceError) as error:
+        if len(sources) == 1:
+            yield error
+            return
+    # One of them cannot be protected. Results do not depend on the batch, so the others can be
+    # made alone; the failure came before any program ran, so nothing is computed twice.
+    for source in sources:
+        yield from _protect(args, protector, [source], bar)
+
+
+def _write(job: Job, result: Result, key_path: Path | None, seal: _Seal | None) -> Path | None:
+    written = None
+    # The key first: a key without its photo is useless, a photo without its key is lost.
+    if key_path is not None and seal is not None and result.key is not None:
+        seal.seal(result.key, key_path)
+        written = key_path
+    for variant, output in enumerate(job.outputs):
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result.save(output, variant=variant)
+    return written
+
+
+def _report(
+    args: argparse.Namespace, bar: ProgressBar, job: Job, result: Result, key: Path | None
+) -> None:
+    if args.json:
+        record = describe_photo(
+            job.source, job.outputs, key, result.backend, result.seconds, result.faces
+        )
+        bar.message(json_line(record), sys.stdout)
+        return
+    outputs = ", ".join(str(output) for output in job.outputs)
+    count = len(result.faces)
+    if not count:
+        bar.message(f"{job.source} -> {outputs}: no face found, kept as it is", sys.stdout)
+        return
+    faces = f"{count} face{'s' if count > 1 else ''} in {result.seconds:.1f} s"
+    kept = f"recovery key in {key}" if key else "recovery key discarded (no --key was given)"
+    bar.message(f"{job.source} -> {outputs}: {faces}; {kept}", sys.stdout)

@@ -1,0 +1,76 @@
+"""The denoiser of one run: program, conditioning of every stage, bounded batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffveil.batching import MAX_BATCH, in_chunks
+from diffveil.engines import Programs
+from diffveil.sampling import Latent
+from diffveil.schedule import stage_of
+
+__all__ = ["Denoiser"]
+
+
+class Denoiser:
+    """Predicts the noise of a batch, conditioned on each photo's own stage embeddings.
+
+    The tokens of all stages that the run will visit are expanded once, at the start.
+
+    Args:
+        programs: Programs of the bundle.
+        tokens: Stage tokens, float32 [N, 10, D].
+        timesteps: All timesteps that the run will ask for.
+        conditional_above: The photo's own conditioning holds at timesteps above this, the
+            unconditional one at the others; -1: the photo's own everywhere.
+        variants: Rows V of a face; latents come face by face, its variants together.
+        max_batch: Most rows of one program call.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        tokens: NDArray[np.float32],
+        timesteps: Sequence[int],
+        *,
+        conditional_above: int = -1,
+        variants: int = 1,
+        max_batch: int = MAX_BATCH,
+    ) -> None:
+        self._programs = programs
+        self._conditional_above = conditional_above
+        self._max_batch = max_batch
+        self._rows = len(tokens) * variants
+        self._training_steps = programs.bundle.manifest.schedule.steps
+        self._stages: dict[int, NDArray[np.float32]] = {}
+        stages = sorted({self._stage(t) for t in timesteps if t > conditional_above})
+        if stages:
+            wanted = np.ascontiguousarray(tokens[:, stages])
+            flat = wanted.reshape(-1, wanted.shape[-1])
+            expanded = in_chunks(programs.expand, max_batch, tokens=flat)
+            expanded = expanded.reshape(len(tokens), len(stages), *expanded.shape[1:])
+            for index, stage in enumerate(stages):
+                self._stages[stage] = np.repeat(expanded[:, index], variants, axis=0)
+
+    def __call__(self, x: Latent, timestep: int, /) -> Latent:
+        """Noise in latents [N·V, C, s, s] at one timestep, like x."""
+        return in_chunks(
+            self._programs.denoise,
+            self._max_batch,
+            latent=x,
+            timestep=np.full(len(x), timestep, dtype=np.int64),
+            conditioning=self._conditioning(timestep),
+        )
+
+    def _conditioning(self, timestep: int) -> NDArray[np.float32]:
+        """Float32 [N·V, T, W]."""
+        if timestep > self._conditional_above:
+            return self._stages[self._stage(timestep)]
+        unconditional = self._programs.bundle.unconditional
+        return np.broadcast_to(unconditional, (self._rows, *unconditional.shape[1:]))
+
+    def _stage(self, timestep: int) -> int:
+        return stage_of(timestep, self._training_steps)

@@ -1,0 +1,21 @@
+"""Engines: a bundle's programs made executable, by one of several backends."""
+
+from __future__ import annotations
+
+from diffveil.engines._base import Array, Availability, Backend, Engine
+from diffveil.engines._programs import Programs
+from diffveil.engines._select import BACKENDS, Reason, Selection, select_backend
+from diffveil.engines.onnxrt import ONNXRuntimeCPU
+
+__all__ = [
+    "BACKENDS",
+    "Array",
+    "Availability",
+    "Backend",
+    "Engine",
+    "ONNXRuntimeCPU",
+    "Programs",
+    "Reason",
+    "Selection",
+    "select_backend",
+]

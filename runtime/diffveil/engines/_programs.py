@@ -1,0 +1,141 @@
+"""All programs of a bundle on one backend, each loaded when it is first called."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from types import TracebackType
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffveil.bundle import Bundle
+from diffveil.engines._base import Array, Backend, Engine
+from diffveil.errors import EngineError
+
+__all__ = ["Programs"]
+
+_F32 = NDArray[np.float32]
+
+
+class Programs:
+    """Calls a bundle's programs by name. Safe to share between threads.
+
+    Args:
+        bundle: The bundle.
+        backend: What executes its programs.
+    """
+
+    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+        self.bundle = bundle
+        self.backend = backend
+        self._engines: dict[str, Engine] = {}
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def __enter__(self) -> Programs:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def engine(self, program: str) -> Engine:
+        """The engine of `program`, loaded if it is not yet.
+
+        Raises:
+            EngineError: The backend cannot load it, or this object is closed.
+            BundleCorruptError: A file of the program differs from its hash.
+        """
+        engine = self._engines.get(program)
+        if engine is not None:
+            return engine
+        with self._lock:
+            if self._closed:
+                raise EngineError(f"the programs of bundle '{self.bundle.name}' are closed")
+            if program not in self._engines:
+                self._engines[program] = self.backend.load(self.bundle, program)
+            return self._engines[program]
+
+    def preload(self, programs: Iterable[str]) -> None:
+        """Load engines now rather than at their first call."""
+        for program in programs:
+            self.engine(program)
+
+    def close(self) -> None:
+        """Free all engines; later calls raise `EngineError`."""
+        with self._lock:
+            self._closed = True
+            engines, self._engines = self._engines, {}
+        for engine in engines.values():
+            engine.close()
+
+    def encode(self, *, image: Array) -> _F32:
+        """Scaled latent mean [B, C, s, s] of images [B, 3, S, S] in [-1, 1]."""
+        return self._only("latent", self.engine("encode").run(image=image))
+
+    def decode(self, *, latent: Array) -> _F32:
+        """Images [B, 3, S, S], about [-1, 1] and not clipped, of latents [B, C, s, s]."""
+        return self._only("image", self.engine("decode").run(latent=latent))
+
+    def embed(self, *, image: Array) -> _F32:
+        """Stage tokens [B, 10, D] of images [B, 3, S, S] in [-1, 1]."""
+        return self._only("tokens", self.engine("embed").run(image=image))
+
+    def expand(self, *, tokens: Array) -> _F32:
+        """Conditioning [N, T, W] of tokens [N, D]."""
+        return self._only("conditioning", self.engine("expand").run(tokens=tokens))
+
+    def denoise(self, *, latent: Array, timestep: Array, conditioning: Array) -> _F32:
+        """Noise [B, C, s, s] predicted in latents [B, C, s, s].
+
+        Args:
+            latent: Noisy latents [B, C, s, s], float32.
+            timestep: Diffusion timestep of each, [B], int64, in 0…999.
+            conditioning: [B, T, W], float32.
+        """
+        outputs = self.engine("denoise").run(
+            latent=latent, timestep=timestep, conditioning=conditioning
+        )
+        return self._only("epsilon", outputs)
+
+    def recognize(self, *, image: Array) -> _F32:
+        """Unit identity embeddings [B, E] of images [B, 3, S, S] in [-1, 1]."""
+        return self._only("embedding", self.engine("recognize").run(image=image))
+
+    def guide(
+        self, *, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array
+    ) -> tuple[_F32, _F32, _F32]:
+        """Identity energy of predicted clean latents, and its gradient.
+
+        E = Σ_b repel_b·max(cos(e_b, a_b), 0) + attract_b·(1 − cos(e_b, a_b))
+            + Σ_{i<j} sibling_ij·max(cos(e_i, e_j), 0), with e the embedding of the decoded x0.
+
+        Args:
+            x0: Predicted clean latents [B, C, s, s], float32.
+            anchor: Embeddings [B, E] to leave or to approach, float32, unit length.
+            repel: Weight of leaving the anchor, [B], float32.
+            attract: Weight of approaching the anchor, [B], float32.
+            sibling: Weights [B, B] of pairs i < j that must differ, float32; rest is ignored.
+
+        Returns:
+            gradient [B, C, s, s] of E by x0; energy [B], each face's share of E (a pair's term
+            counts for its first member); embedding [B, E] of the decoded faces.
+        """
+        outputs = self.engine("guide").run(
+            x0=x0, anchor=anchor, repel=repel, attract=attract, sibling=sibling
+        )
+        return (
+            self._only("gradient", outputs),
+            self._only("energy", outputs),
+            self._only("embedding", outputs),
+        )
+
+    @staticmethod
+    def _only(name: str, outputs: dict[str, Array]) -> _F32:
+        return cast(_F32, outputs[name])

@@ -1,0 +1,138 @@
+"""Execution with ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+import logging
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import numpy as np
+
+from diffveil.bundle import Bundle
+from diffveil.engines._base import Array, Availability, Engine
+from diffveil.errors import BackendUnavailableError, EngineError, OptionError
+from diffveil.programs import PROGRAMS, Dimensions, ProgramSpec, check_inputs
+
+__all__ = ["ONNXRuntimeCPU", "ONNXRuntimeEngine"]
+
+_INSTALL = "pip install 'diffveil[cpu]'"
+_log = logging.getLogger(__name__)
+
+
+class ONNXRuntimeEngine:
+    """A program in an ONNX Runtime session. Outputs are fresh arrays, never views of buffers."""
+
+    def __init__(self, session: Any, program: ProgramSpec, dimensions: Dimensions) -> None:
+        self._session: Any = session
+        self._program = program
+        self._dimensions = dimensions
+        types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+        self._dtypes = {
+            i.name: np.dtype(types.get(i.type, "float32")) for i in session.get_inputs()
+        }
+        wanted = [t.name for t in program.inputs]
+        outputs = {o.name for o in session.get_outputs()}
+        # An unused input may have been dropped from a graph, but nothing unknown may be there.
+        if not set(self._dtypes) <= set(wanted) or outputs != {t.name for t in program.outputs}:
+            raise EngineError(
+                f"program '{program.name}': received a graph with inputs {sorted(self._dtypes)} "
+                f"and outputs {sorted(outputs)}, expected {wanted} and "
+                f"{[t.name for t in program.outputs]}; export the bundle again"
+            )
+
+    @property
+    def program(self) -> ProgramSpec:
+        """The program that this engine executes."""
+        return self._program
+
+    def run(self, **inputs: Array) -> dict[str, Array]:
+        """Execute the program once; see `Engine.run`."""
+        session = self._session
+        if session is None:
+            raise EngineError(f"the engine of program '{self._program.name}' is closed")
+        check_inputs(self._program, inputs, self._dimensions)
+        feed = {
+            name: np.ascontiguousarray(inputs[name], dtype=dtype)
+            for name, dtype in self._dtypes.items()
+        }
+        names = [t.name for t in self._program.outputs]
+        try:
+            values = session.run(names, feed)
+        except Exception as error:  # ONNX Runtime's classes share no public base
+            raise EngineError(f"program '{self._program.name}' failed: {error}") from error
+        return {
+            t.name: value.astype(t.dtype, copy=False)
+            for t, value in zip(self._program.outputs, values, strict=True)
+        }
+
+    def close(self) -> None:
+        """Free the session and its weights."""
+        self._session = None
+
+
+class ONNXRuntimeCPU:
+    """ONNX Runtime's CPU provider.
+
+    Args:
+        threads: Threads of one call; by default the CPUs that this process may use.
+
+    Raises:
+        OptionError: `threads` is below one.
+    """
+
+    def __init__(self, threads: int | None = None) -> None:
+        if threads is not None and threads < 1:
+            raise OptionError(f"threads: received {threads}, expected at least 1")
+        self.threads = threads
+
+    @property
+    def name(self) -> str:
+        """`cpu`."""
+        return "cpu"
+
+    def available(self) -> Availability:
+        """Whether ONNX Runtime is installed."""
+        if find_spec("onnxruntime") is None:
+            return Availability(False, f"onnxruntime is not installed: {_INSTALL}")
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return Availability(False, f"onnxruntime cannot be imported ({error}): {_INSTALL}")
+        return Availability(True, f"onnxruntime {onnxruntime.__version__}")
+
+    def load(self, bundle: Bundle, program: str) -> Engine:
+        """Create the session of one program; see `Backend.load`."""
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise BackendUnavailableError(f"backend 'cpu' needs onnxruntime: {_INSTALL}") from error
+        path = bundle.program_path(program)
+        spec = PROGRAMS[program]
+        options = ort.SessionOptions()
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+        options.intra_op_num_threads = self.threads or _usable_cpus()
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 3  # errors only: warnings speak to graph authors
+        # The arena keeps the largest batch ever seen, for each program: hundreds of megabytes.
+        options.enable_cpu_mem_arena = False
+        # Weights are stored in int8 or fp16 to keep bundles small, and computed with in fp32:
+        # without this ONNX Runtime would keep DequantizeLinear nodes and run them every call.
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
+        # Threads that spin between calls steal the CPU from the application around us.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        try:
+            session = ort.InferenceSession(
+                os.fspath(path), sess_options=options, providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's classes share no public base
+            raise EngineError(f"program '{program}' cannot be loaded: {error}") from error
+        _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
+        return ONNXRuntimeEngine(session, spec, bundle.dimensions)
+
+
+def _usable_cpus() -> int:
+    """CPUs that this process may run on; ONNX Runtime's own default ignores container limits."""
+    if hasattr(os, "sched_getaffinity"):
+        return max(1, len(os.sched_getaffinity(0)))
+    return os.cpu_count() or 1

@@ -1,0 +1,110 @@
+"""Which part of an aligned crop replaces the photo, and how it fades out."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from diffveil.errors import OptionError
+
+__all__ = ["face_mask", "latent_mask", "recovery_mask"]
+
+Array: TypeAlias = NDArray[np.float64]
+Mask: TypeAlias = NDArray[np.float32]
+
+_ROUND = 2.5  # exponent of the superellipse: fuller than an ellipse (2), to cover the brows' ends
+
+
+def face_mask(size: int, template: ArrayLike) -> Mask:
+    """Where a protected face replaces the photo: an ellipse from the brows to the chin.
+
+    It is 1 over brows, eyes, nose, cheeks, mouth and chin, and falls smoothly to 0 before the
+    crop's border.
+
+    Args:
+        size: Side of the crop in pixels.
+        template: [5, 2], the landmarks in the crop.
+
+    Returns:
+        float32 [size, size], 0 … 1.
+    """
+    centre, full, end = _ellipses(size, template)
+    return _feathered(size, centre, full, end)
+
+
+def recovery_mask(size: int, template: ArrayLike) -> Mask:
+    """Where a recovered face replaces the photo: all of `face_mask` at full strength, and a rim.
+
+    It is 1 wherever `face_mask` is above zero and one pixel beyond, so that nothing of the
+    protected face remains after recovery.
+
+    Args:
+        size: Side of the crop in pixels.
+        template: [5, 2], the landmarks in the crop.
+
+    Returns:
+        float32 [size, size], 0 … 1.
+    """
+    centre, _, end = _ellipses(size, template)
+    rim = 2.0  # one pixel of bilinear sampling in both directions, and some
+    full = end + rim
+    limit = np.array([[*centre], [*(size - 1 - centre)]])
+    feathered = _feathered(
+        size, centre, full, np.maximum(np.minimum(full + 0.06 * size, limit), full + 0.5)
+    )
+    feathered[[0, -1], :] = 0.0
+    feathered[:, [0, -1]] = 0.0
+    return feathered
+
+
+def latent_mask(mask: Mask, size: int) -> Mask:
+    """A mask at the latent's resolution: the mean over the pixels that a latent cell covers.
+
+    Args:
+        mask: float32 [S, S], 0 … 1, of the crop.
+        size: Side of the latent, s.
+
+    Returns:
+        float32 [s, s], 0 … 1.
+
+    Raises:
+        OptionError: S is no multiple of s.
+    """
+    if size < 1 or mask.shape[0] % size or mask.shape[1] % size:
+        raise OptionError(f"mask: {list(mask.shape)} does not divide into {size}x{size} cells")
+    cells = mask.reshape(size, mask.shape[0] // size, size, mask.shape[1] // size)
+    return np.asarray(cells.mean(axis=(1, 3), dtype=np.float64), dtype=np.float32)
+
+
+def _ellipses(size: int, template: ArrayLike) -> tuple[Array, Array, Array]:
+    """Centre [2] and the semi-axes [[left, top], [right, bottom]] where `face_mask` is 1 and 0."""
+    points = np.asarray(template, dtype=np.float64)
+    eyes, mouth = points[:2].mean(axis=0), points[3:].mean(axis=0)
+    between, drop = float(points[1, 0] - points[0, 0]), float(mouth[1] - eyes[1])
+    # Measured from the template's own features: brows about 0.45 of the eye-mouth distance above
+    # the eyes, the chin 0.6 of it below the mouth, cheeks 1.2 eye distances from the middle.
+    centre = np.array([(eyes[0] + mouth[0]) / 2.0, eyes[1] + 0.45 * drop])
+    full = np.array([[1.12 * between, 0.98 * drop], [1.12 * between, 1.12 * drop]])
+    # The recovery mask needs room for its own feather outside this one.
+    room = np.array([[*centre], [*(size - 1 - centre)]]) - (2.0 + 0.03 * size)
+    end = np.minimum(full + 0.13 * size, room)
+    return centre, np.minimum(full, 0.94 * end), end
+
+
+def _feathered(size: int, centre: Array, full: Array, end: Array) -> Mask:
+    """1 inside the half-ellipses `full`, 0 outside `end`, and a smooth step between them."""
+    v, u = np.mgrid[0:size, 0:size].astype(np.float64)
+    offset = np.stack([u - centre[0], v - centre[1]])
+    side = (offset >= 0).astype(int)  # [2, S, S]: 0 left of or above the centre, else 1
+
+    def radius(axes: Array) -> Array:
+        across = np.abs(offset[0] / axes[side[0], 0])
+        along = np.abs(offset[1] / axes[side[1], 1])
+        return np.asarray((across**_ROUND + along**_ROUND) ** (1.0 / _ROUND))
+
+    past_full, before_end = np.maximum(radius(full) - 1, 0), np.maximum(1 - radius(end), 0)
+    # Between the ellipses both are positive; `full` lies within `end`, so never both zero.
+    step = before_end / (past_full + before_end)
+    return np.asarray(step * step * (3 - 2 * step), dtype=np.float32)

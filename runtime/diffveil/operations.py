@@ -1,0 +1,320 @@
+"""The operations on aligned face crops: batched arrays in, arrays out; no files, no photos.
+
+They follow He et al., "Diff-Privacy: Diffusion-based Face Privacy Protection", arXiv 2309.05330.
+Symbols: key-E are a face's stage tokens, key-I is the noise map of its latent.
+
+Axes: N faces, V variants of each, S side of a crop, C channels and s side of a latent, E width of
+an embedding, D width of a token, K latents of a noise map. Crops are RGB in [-1, 1].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffveil.batching import MAX_BATCH, in_chunks
+from diffveil.denoising import Denoiser
+from diffveil.engines import Programs
+from diffveil.errors import OptionError
+from diffveil.guidance import IdentityGuidance
+from diffveil.masks import face_mask, latent_mask
+from diffveil.noise import NoiseKey, normal
+from diffveil.presets import Inversion, Plan
+from diffveil.samplers import Step
+from diffveil.sampling import Blend, Latent, Progress, add_noise, run
+
+__all__ = ["Crops", "FaceBatch", "FaceOperations"]
+
+_F32: TypeAlias = NDArray[np.float32]
+
+
+class FaceBatch:
+    """Aligned crops and what the programs say about them, each asked at most once.
+
+    Not shared between threads: two would ask twice.
+
+    Args:
+        programs: Programs of the bundle.
+        crops: Float32 [N, 3, S, S], RGB in [-1, 1], N at least 1.
+        max_batch: Most rows of one program call.
+
+    Raises:
+        OptionError: The crops are not such an array.
+    """
+
+    def __init__(self, programs: Programs, crops: _F32, max_batch: int = MAX_BATCH) -> None:
+        size = programs.bundle.image_size
+        shape, dtype = list(np.shape(crops)), getattr(crops, "dtype", None)
+        if dtype != np.float32 or len(shape) != 4 or shape[1:] != [3, size, size] or not shape[0]:
+            raise OptionError(
+                f"crops: received {dtype} {shape}, expected float32 [N, 3, {size}, {size}], N ≥ 1"
+            )
+        self._programs = programs
+        self._max_batch = max_batch
+        self.crops = crops
+
+    def __len__(self) -> int:
+        return len(self.crops)
+
+    @cached_property
+    def latents(self) -> Latent:
+        """Encoded crops, float32 [N, C, s, s]."""
+        return in_chunks(self._programs.encode, self._max_batch, image=self.crops)
+
+    @cached_property
+    def tokens(self) -> _F32:
+        """Stage tokens (key-E), float32 [N, 10, D]."""
+        return in_chunks(self._programs.embed, self._max_batch, image=self.crops)
+
+    @cached_property
+    def identities(self) -> _F32:
+        """Identity embeddings, float32 [N, E], unit length."""
+        return in_chunks(self._programs.recognize, self._max_batch, image=self.crops)
+
+
+Crops: TypeAlias = "FaceBatch | NDArray[np.float32]"
+"""Crops [N, 3, S, S], or the `FaceBatch` of them when several operations share it."""
+
+
+class FaceOperations:
+    """anonymize, hide, invert, recover and embed on batches of aligned crops.
+
+    A face's result depends on its own crop and noise key only, not on the rest of the batch (but
+    for the last bits of floating-point sums, which backends order by batch size).
+
+    Args:
+        programs: Programs of the bundle.
+        max_batch: Most rows of one program call; the variants of one face are never split.
+    """
+
+    def __init__(self, programs: Programs, *, max_batch: int = MAX_BATCH) -> None:
+        if max_batch < 1:
+            raise OptionError(f"max_batch is {max_batch}, expected at least 1")
+        self.programs = programs
+        self.bundle = programs.bundle
+        self.schedule = self.bundle.manifest.schedule
+        self.max_batch = max_batch
+
+    def prepare(self, crops: _F32) -> FaceBatch:
+        """Crops [N, 3, S, S] with room for what several operations ask about them.
+
+        Raises:
+            OptionError: The crops are not float32 [N, 3, S, S].
+        """
+        return FaceBatch(self.programs, crops, self.max_batch)
+
+    def anonymize(
+        self,
+        crops: Crops,
+        plan: Plan,
+        *,
+        keys: Sequence[NoiseKey],
+        variants: int = 1,
+        progress: Progress | None = None,
+    ) -> _F32:
+        """Faces that nobody recognises.
+
+        Args:
+            crops: Faces, float32 [N, 3, S, S] in [-1, 1], or a batch of them.
+            plan: Steps and guidance; its guidance repels.
+            keys: One noise key a face, used for nothing else.
+            variants: Number V of different results for each face.
+            progress: Called after each step.
+
+        Returns:
+            Float32 [N, V, 3, S, S] in [-1, 1].
+
+        Raises:
+            OptionError: An argument is out of range, or the plan attracts.
+            EngineError: A program failed.
+        """
+        return self._protect("anonymize", "repel", crops, plan, keys, variants, progress)
+
+    def hide(
+        self,
+        crops: Crops,
+        plan: Plan,
+        *,
+        keys: Sequence[NoiseKey],
+        variants: int = 1,
+        progress: Progress | None = None,
+    ) -> _F32:
+        """Faces that people do not recognise and the bundle's recognizer does.
+
+        Arguments, result and errors are those of `anonymize`, but the plan's guidance attracts.
+        """
+        return self._protect("hide", "attract", crops, plan, keys, variants, progress)
+
+    def invert(
+        self, crops: Crops, inversion: Inversion, *, progress: Progress | None = None
+    ) -> tuple[_F32, Latent]:
+        """The two parts of a recovery key: stage tokens and noise map.
+
+        Args:
+            crops: Faces, float32 [N, 3, S, S] in [-1, 1], or a batch of them.
+            inversion: Sampler and steps.
+            progress: Called after each step.
+
+        Returns:
+            Tokens, float32 [N, 10, D]; latents, float32 [N, K, C, s, s], the noisiest first.
+
+        Raises:
+            OptionError: An argument is out of range.
+            EngineError: A program failed.
+        """
+        faces = self._batch(crops)
+        table = inversion.forward(self.schedule)
+        denoise = Denoiser(self.programs, faces.tokens, table.timesteps, max_batch=self.max_batch)
+        noisiest, before = run(table, faces.latents, denoise, progress=progress)
+        latents = (noisiest, before)[: inversion.latents]
+        return faces.tokens, np.stack(latents, axis=1)
+
+    def recover(
+        self,
+        tokens: _F32,
+        latents: Latent,
+        inversion: Inversion,
+        *,
+        progress: Progress | None = None,
+    ) -> _F32:
+        """Faces out of what `invert` returned.
+
+        Args:
+            tokens: Float32 [N, 10, D].
+            latents: Float32 [N, K, C, s, s], the noisiest first.
+            inversion: Sampler and steps that they were made with.
+            progress: Called after each step.
+
+        Returns:
+            Float32 [N, 3, S, S] in [-1, 1].
+
+        Raises:
+            OptionError: Tokens and latents do not fit the bundle, the inversion or each other.
+            EngineError: A program failed.
+        """
+        self._check_noise_map(tokens, latents, inversion)
+        table = inversion.recovery(self.schedule)
+        denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
+        if table.needs_pair:
+            # The way back enters the pair from its other end.
+            x, x_prev = latents[:, 1], latents[:, 0]
+            clean, _ = run(table, x, denoise, x_prev=x_prev, progress=progress)
+        else:
+            clean, _ = run(table, latents[:, 0], denoise, progress=progress)
+        return self._decode(clean)
+
+    def embed(self, crops: Crops) -> _F32:
+        """What the bundle's recognizer sees in faces [N, 3, S, S]: float32 [N, E], unit length.
+
+        Raises:
+            OptionError: The crops are not float32 [N, 3, S, S].
+            EngineError: A program failed.
+        """
+        return self._batch(crops).identities
+
+    def start_noise(self, keys: Sequence[NoiseKey], variants: int = 1) -> Latent:
+        """Unit Gaussian noise that faces start from, float32 [N, V, C, s, s]."""
+        d = self.bundle.dimensions
+        shape = (d.latent_channels, d.latent_size, d.latent_size)
+        noise = [
+            normal(key.derive("diffveil/v1/start", variant), shape)
+            for key in keys
+            for variant in range(variants)
+        ]
+        return np.stack(noise).reshape(len(keys), variants, *shape)
+
+    def _protect(
+        self,
+        operation: str,
+        mode: str,
+        crops: Crops,
+        plan: Plan,
+        keys: Sequence[NoiseKey],
+        variants: int,
+        progress: Progress | None,
+    ) -> _F32:
+        faces = self._batch(crops)
+        self._check_protect(operation, mode, plan, len(faces), len(keys), variants)
+        table = plan.table(self.schedule)
+        clean = np.repeat(faces.latents, variants, axis=0)
+        noise = self.start_noise(keys, variants).reshape(clean.shape)
+        x = add_noise(self.schedule, clean, noise, table.start_timestep)
+        denoise = Denoiser(
+            self.programs,
+            faces.tokens,
+            table.timesteps,
+            conditional_above=plan.conditional_above,
+            variants=variants,
+            max_batch=self.max_batch,
+        )
+        gradient = IdentityGuidance(
+            self.programs,
+            plan.guidance,
+            faces.identities,
+            variants=variants,
+            max_batch=self.max_batch,
+        )
+        blend = self._keep_background(plan, clean, noise) if plan.background_below else None
+        x, _ = run(table, x, denoise, gradient=gradient, blend=blend, progress=progress)
+        images = self._decode(x)
+        return images.reshape(len(faces), variants, *images.shape[1:])
+
+    def _keep_background(self, plan: Plan, clean: Latent, noise: Latent) -> Blend:
+        """Outside the face the latent becomes the photo's again, late in the run."""
+        size = self.bundle.image_size
+        mask = latent_mask(face_mask(size, self.bundle.template), clean.shape[-1])
+
+        def blend(x: Latent, step: Step) -> Latent:
+            if step.timestep >= plan.background_below:
+                return x
+            background = clean
+            if plan.background == "noised":
+                background = add_noise(self.schedule, clean, noise, step.next_timestep)
+            return background + mask * (x - background)
+
+        return blend
+
+    def _decode(self, latents: Latent) -> _F32:
+        images = in_chunks(self.programs.decode, self.max_batch, latent=latents)
+        return np.clip(images, -1.0, 1.0)
+
+    def _batch(self, crops: Crops) -> FaceBatch:
+        return crops if isinstance(crops, FaceBatch) else self.prepare(crops)
+
+    def _check_protect(
+        self, operation: str, mode: str, plan: Plan, faces: int, keys: int, variants: int
+    ) -> None:
+        problems = []
+        if plan.guidance.mode != mode:
+            # A swapped plan would publish the identity that it should remove.
+            problems.append(f"the plan's guidance is {plan.guidance.mode!r}, expected {mode!r}")
+        if keys != faces:
+            problems.append(f"received {keys} noise keys for {faces} faces, expected one each")
+        if not 1 <= variants <= self.max_batch:
+            problems.append(f"variants is {variants}, expected 1 to {self.max_batch}")
+        if problems:
+            raise OptionError(f"{operation}: " + "; ".join(problems))
+
+    def _check_noise_map(self, tokens: _F32, latents: Latent, inversion: Inversion) -> None:
+        d = self.bundle.dimensions
+        faces = len(tokens)
+        wanted = {
+            "tokens": (tokens, [faces, d.stages, d.token_width]),
+            "latents": (
+                latents,
+                [faces, inversion.latents, d.latent_channels, d.latent_size, d.latent_size],
+            ),
+        }
+        problems = [
+            f"{name}: received {array.dtype} {list(array.shape)}, expected float32 {shape}"
+            for name, (array, shape) in wanted.items()
+            if array.dtype != np.float32 or list(array.shape) != shape
+        ]
+        if not faces:
+            problems.append("tokens: received no faces, expected at least one")
+        if problems:
+            raise OptionError("recover: " + "; ".join(problems))

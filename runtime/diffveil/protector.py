@@ -1,0 +1,389 @@
+"""The library's front: whole photos in, protected photos and recovery keys out."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TypedDict, overload
+
+import numpy as np
+
+from diffveil.bundle import Bundle
+from diffveil.engines import Backend, Programs, select_backend
+from diffveil.errors import OptionError
+from diffveil.faces import Face, FaceDetector
+from diffveil.keys import RecoveryKey
+from diffveil.noise import NoiseKey
+from diffveil.operations import FaceOperations
+from diffveil.photos import PhotoSource, load_photo
+from diffveil.presets import Preset
+from diffveil.protection import Protection, protect
+from diffveil.recovery import recover
+from diffveil.result import FaceEmbeddings, Result
+from diffveil.sampling import Progress
+from diffveil.scenes import OnMissing, Scene, is_one_photo, read_scenes, to_images
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+__all__ = ["Protector"]
+
+
+class _Options(TypedDict, total=False):
+    """Keyword arguments that `anonymize` and `hide` share, for type checkers."""
+
+    variants: int
+    preset: str | Preset | None
+    steps: int | None
+    strength: float | None
+    seed: int | NoiseKey | None
+    aligned: bool
+    on_missing: OnMissing
+    make_key: bool
+    progress: Progress | None
+
+
+class Protector:
+    """Protects faces in photos with one bundle on one backend. Safe to share between threads.
+
+    `Protector.load()` is the usual way to get one.
+
+    Args:
+        programs: The bundle's programs on a backend.
+        detector: Finds faces; by default CenterFace, loaded when first needed.
+        threads: CPU threads of the default detector.
+    """
+
+    def __init__(
+        self,
+        programs: Programs,
+        *,
+        detector: FaceDetector | None = None,
+        threads: int | None = None,
+    ) -> None:
+        self.programs = programs
+        self.bundle = programs.bundle
+        self.operations = FaceOperations(programs)
+        self._detector = detector
+        self._threads = threads
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        bundle: str | os.PathLike[str] | Bundle | None = None,
+        *,
+        backend: str | Backend | None = None,
+        detector: FaceDetector | None = None,
+        threads: int | None = None,
+    ) -> Protector:
+        """Open a bundle. Programs and the detector are loaded when they are first needed.
+
+        Args:
+            bundle: Folder of the bundle, or an opened one; by default the embedded one.
+            backend: Name of a backend or a backend of your own; by default the best one that this
+                machine can use.
+            detector: Finds faces; by default CenterFace, which needs `diffveil[faces]`.
+            threads: CPU threads of one program call; by default the CPUs this process may use. A
+                backend or detector of your own keeps its own setting.
+
+        Raises:
+            BundleError: The bundle is missing, malformed or incomplete.
+            BackendUnavailableError: No backend can be used, or not the one asked for.
+            OptionError: There is no backend of that name, or `threads` is below one.
+        """
+        if bundle is None or isinstance(bundle, str | os.PathLike):
+            bundle = Bundle.load(None if bundle is None else os.fspath(bundle))
+        if backend is None or isinstance(backend, str):
+            backend = select_backend(backend, bundle, threads=threads).require()
+        return cls(Programs(bundle, backend), detector=detector, threads=threads)
+
+    def __enter__(self) -> Protector:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the programs; later calls raise `EngineError`."""
+        self.programs.close()
+
+    @property
+    def backend(self) -> str:
+        """Name of the backend."""
+        return self.programs.backend.name
+
+    @property
+    def detector(self) -> FaceDetector:
+        """What finds faces; the default one is loaded here.
+
+        Raises:
+            BackendUnavailableError: The default detector is not installed.
+        """
+        with self._lock:
+            if self._detector is None:
+                # Late: callers that bring faces or a detector do not need the extra.
+                from diffveil.detectors import CenterFace
+
+                self._detector = CenterFace.load(threads=self._threads)
+            return self._detector
+
+    @overload
+    def anonymize(  # type: ignore[overload-overlap]  # a str is one path, never a sequence
+        self,
+        source: PhotoSource,
+        *,
+        faces: Sequence[Face] | None = None,
+        **options: Unpack[_Options],
+    ) -> Result: ...
+
+    @overload
+    def anonymize(
+        self,
+        source: Sequence[PhotoSource],
+        *,
+        faces: Sequence[Sequence[Face] | None] | None = None,
+        **options: Unpack[_Options],
+    ) -> list[Result]: ...
+
+    def anonymize(
+        self,
+        source: Any,
+        *,
+        variants: int = 1,
+        preset: str | Preset | None = None,
+        steps: int | None = None,
+        strength: float | None = None,
+        seed: int | NoiseKey | None = None,
+        faces: Any = None,
+        aligned: bool = False,
+        on_missing: OnMissing = "error",
+        make_key: bool = True,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Replace faces by those of nobody: neither people nor machines recognise the person.
+
+        All faces of all photos of one call go through the programs together. A result depends on
+        its own photo and the options only, not on what else is in the call.
+
+        Args:
+            source: A path, a file's bytes, a Pillow image or an array uint8 [H, W, 3] RGB (see
+                `diffveil.load_photo`); or a sequence of them.
+            variants: Number of different results for each photo.
+            preset: Name of a preset or a preset of your own; by default `"fast"`.
+            steps: Sampling steps at strength 1, in place of the preset's.
+            strength: How far to go from the photo, in (0, 1], in place of the preset's.
+            seed: Makes results reproducible, 0 … 2**256 - 1; by default fresh randomness. Who
+                knows the seed can redraw the noise, so keep it as a secret or leave it out.
+            faces: The faces, if the app has found them itself; for a sequence of photos, one
+                sequence of faces each, or None where they shall be detected.
+            aligned: Each photo is itself one aligned face: square, with its landmarks where the
+                bundle's template has them. Nothing is detected. As in any photo, only the face's
+                mask changes, so the borders stay as they are.
+            on_missing: What happens when a photo has no face: `"error"`, or `"keep"` it unchanged.
+            make_key: Whether to make the recovery key; without, nobody gets the faces back.
+            progress: Called as `progress(done, total)` after each step.
+
+        Returns:
+            A result; for a sequence, a list of results in the same order.
+
+        Raises:
+            PhotoError: A photo cannot be read.
+            NoFaceError: A photo has no face and `on_missing` is `"error"`. No photo is processed.
+            OptionError: An argument is out of range.
+            EngineError: A program cannot be loaded or failed.
+        """
+        protection = Protection.choose(
+            "anonymize",
+            preset=preset,
+            steps=steps,
+            strength=strength,
+            variants=variants,
+            seed=seed,
+            make_key=make_key,
+        )
+        return self._protect(protection, source, faces, aligned, on_missing, progress)
+
+    @overload
+    def hide(  # type: ignore[overload-overlap]  # a str is one path, never a sequence
+        self,
+        source: PhotoSource,
+        *,
+        faces: Sequence[Face] | None = None,
+        **options: Unpack[_Options],
+    ) -> Result: ...
+
+    @overload
+    def hide(
+        self,
+        source: Sequence[PhotoSource],
+        *,
+        faces: Sequence[Sequence[Face] | None] | None = None,
+        **options: Unpack[_Options],
+    ) -> list[Result]: ...
+
+    def hide(
+        self,
+        source: Any,
+        *,
+        variants: int = 1,
+        preset: str | Preset | None = None,
+        steps: int | None = None,
+        strength: float | None = None,
+        seed: int | NoiseKey | None = None,
+        faces: Any = None,
+        aligned: bool = False,
+        on_missing: OnMissing = "error",
+        make_key: bool = True,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Change faces so that people do not recognise them and the bundle's recognizer does.
+
+        `embed` of the protected photo matches `embed` of the original. Arguments, result and
+        errors are those of `anonymize`.
+        """
+        protection = Protection.choose(
+            "hide",
+            preset=preset,
+            steps=steps,
+            strength=strength,
+            variants=variants,
+            seed=seed,
+            make_key=make_key,
+        )
+        return self._protect(protection, source, faces, aligned, on_missing, progress)
+
+    @overload
+    def recover(
+        self, photo: PhotoSource, key: RecoveryKey, *, progress: Progress | None = None
+    ) -> Result: ...
+
+    @overload
+    def recover(
+        self,
+        photo: Sequence[PhotoSource],
+        key: Sequence[RecoveryKey],
+        *,
+        progress: Progress | None = None,
+    ) -> list[Result]: ...
+
+    def recover(self, photo: Any, key: Any, *, progress: Progress | None = None) -> Any:
+        """Put the original faces back.
+
+        Args:
+            photo: The protected photo, in any lossless or lossy file format but with the same
+                pixel size; or a sequence of photos.
+            key: Its recovery key; or one for each photo of the sequence.
+            progress: Called as `progress(done, total)` after each step.
+
+        Returns:
+            A result whose image shows the original faces; for a sequence, a list of them.
+
+        Raises:
+            PhotoError: A photo cannot be read.
+            KeyMismatchError: A key belongs to another bundle or photo.
+            OptionError: There is not one key for each photo.
+            EngineError: A program cannot be loaded or failed.
+        """
+        started = time.perf_counter()
+        single = is_one_photo(photo)
+        sources = [photo] if single else list(photo)
+        keys = list(key) if isinstance(key, list | tuple) else [key]
+        for one in keys:
+            if not isinstance(one, RecoveryKey):
+                raise OptionError(
+                    f"key: received {type(one).__name__}, expected a RecoveryKey; "
+                    "open key files with RecoveryKey.unseal"
+                )
+        if len(sources) != len(keys):
+            raise OptionError(
+                f"key: received {len(keys)} keys for {len(sources)} photos, expected one each"
+            )
+        photos = [load_photo(source) for source in sources]
+        results = recover(self.operations, photos, keys, started=started, progress=progress)
+        return results[0] if single else results
+
+    @overload
+    def embed(  # type: ignore[overload-overlap]  # a str is one path, never a sequence
+        self,
+        source: PhotoSource,
+        *,
+        faces: Sequence[Face] | None = None,
+        aligned: bool = False,
+        on_missing: OnMissing = "error",
+    ) -> FaceEmbeddings: ...
+
+    @overload
+    def embed(
+        self,
+        source: Sequence[PhotoSource],
+        *,
+        faces: Sequence[Sequence[Face] | None] | None = None,
+        aligned: bool = False,
+        on_missing: OnMissing = "error",
+    ) -> list[FaceEmbeddings]: ...
+
+    def embed(
+        self,
+        source: Any,
+        *,
+        faces: Any = None,
+        aligned: bool = False,
+        on_missing: OnMissing = "error",
+    ) -> Any:
+        """What an authorised recognizer sees: the identity embedding of every face.
+
+        Use it to match hidden faces with enrolled ones. Arguments and errors are those of
+        `anonymize`.
+
+        Returns:
+            Faces and their embeddings; for a sequence, a list of them.
+        """
+        scenes = self._scenes(source, faces, aligned, on_missing)
+        width = self.bundle.dimensions.embedding_width
+        vectors = np.empty((0, width), dtype=np.float32)
+        crops = [scene.crops for scene in scenes if scene.faces]
+        if crops:
+            vectors = self.operations.embed(to_images(np.concatenate(crops)))
+        ends = np.cumsum([len(scene.faces) for scene in scenes])
+        found = [
+            FaceEmbeddings(scene.faces, vectors[end - len(scene.faces) : end].copy())
+            for scene, end in zip(scenes, ends, strict=True)
+        ]
+        return found[0] if is_one_photo(source) else found
+
+    def _protect(
+        self,
+        protection: Protection,
+        source: Any,
+        faces: Any,
+        aligned: bool,
+        on_missing: OnMissing,
+        progress: Progress | None,
+    ) -> Result | list[Result]:
+        started = time.perf_counter()
+        scenes = self._scenes(source, faces, aligned, on_missing)
+        results = protect(self.operations, scenes, protection, started=started, progress=progress)
+        return results[0] if is_one_photo(source) else results
+
+    def _scenes(self, source: Any, faces: Any, aligned: bool, on_missing: OnMissing) -> list[Scene]:
+        """Photos of a call with their faces: one source, or several."""
+        if is_one_photo(source):
+            source, faces = [source], None if faces is None else [faces]
+        return read_scenes(
+            source,
+            faces,
+            detect=lambda pixels: self.detector.detect(pixels),
+            aligned=aligned,
+            on_missing=on_missing,
+            template=self.bundle.template,
+            size=self.bundle.image_size,
+        )

@@ -1,0 +1,123 @@
+"""recover on whole photos: keys to faces in one batch, then pasted back."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from diffveil.align import paste_faces
+from diffveil.errors import KeyMismatchError, OptionError
+from diffveil.faces import Face
+from diffveil.keys import FaceKey, RecoveryKey
+from diffveil.masks import recovery_mask
+from diffveil.operations import FaceOperations
+from diffveil.photos import Photo
+from diffveil.presets import Inversion
+from diffveil.protection import part_of
+from diffveil.result import Result
+from diffveil.sampling import Progress
+from diffveil.scenes import to_pixels
+
+__all__ = ["check_key", "recover"]
+
+
+def recover(
+    operations: FaceOperations,
+    photos: Sequence[Photo],
+    keys: Sequence[RecoveryKey],
+    *,
+    started: float | None = None,
+    progress: Progress | None = None,
+) -> list[Result]:
+    """Put the original faces back into protected photos.
+
+    The faces come from the keys alone; of a photo only what lies around them is used. They replace
+    all that protection changed and a narrow rim, so nothing of the protected faces stays.
+
+    Args:
+        operations: The operations on crops.
+        photos: Protected photos.
+        keys: The recovery key of each.
+        started: `time.perf_counter` when work on these photos began; by default now.
+        progress: Called as `progress(done, total)` after each step of the call.
+
+    Returns:
+        A result for each photo.
+
+    Raises:
+        KeyMismatchError: A key belongs to another bundle or photo.
+        EngineError: A program failed.
+    """
+    started = time.perf_counter() if started is None else started
+    # Faces whose keys were made alike run together.
+    alike: dict[Inversion, list[tuple[int, FaceKey]]] = {}
+    for index, (photo, key) in enumerate(zip(photos, keys, strict=True)):
+        inversion = check_key(operations, photo, key)
+        alike.setdefault(inversion, []).extend((index, face) for face in key.faces)
+    steps = {i: len(i.recovery(operations.schedule).steps) for i in alike}
+    done, total = 0, sum(steps.values())
+    crops: list[list[np.ndarray]] = [[] for _ in photos]
+    for inversion, members in alike.items():
+        images = operations.recover(
+            np.stack([face.tokens for _, face in members]).astype(np.float32),
+            np.stack([face.latents for _, face in members]).astype(np.float32),
+            inversion,
+            progress=part_of(progress, done, total),
+        )
+        done += steps[inversion]
+        for (index, _), crop in zip(members, to_pixels(images), strict=True):
+            crops[index].append(crop)
+    mask = recovery_mask(operations.bundle.image_size, operations.bundle.template)
+    recovered = [
+        photo.with_pixels(
+            # The colours are the key's: matching them to the photo's would be a second guess.
+            paste_faces(
+                photo.pixels, own, [face.matrix for face in key.faces], mask, match_colour=False
+            )
+        )
+        for photo, key, own in zip(photos, keys, crops, strict=True)
+    ]
+    seconds = (time.perf_counter() - started) / max(len(photos), 1)
+    backend = operations.programs.backend.name
+    return [
+        Result((photo,), tuple(Face(f.box, f.landmarks) for f in key.faces), None, backend, seconds)
+        for photo, key in zip(recovered, keys, strict=True)
+    ]
+
+
+def check_key(operations: FaceOperations, photo: Photo, key: RecoveryKey) -> Inversion:
+    """Hold a key against the bundle and a photo.
+
+    Returns:
+        The sampler and steps that the key was made with.
+
+    Raises:
+        KeyMismatchError: It belongs to another bundle or photo; the message says what differs.
+    """
+    bundle, d = operations.bundle, operations.bundle.dimensions
+    if key.bundle != bundle.fingerprint:
+        raise KeyMismatchError(
+            f"the key was made with bundle {key.bundle[:16]}…, but bundle '{bundle.name}' is "
+            f"{bundle.fingerprint[:16]}…; load the bundle that protected the photo"
+        )
+    if key.photo_size != (photo.height, photo.width):
+        height, width = key.photo_size
+        raise KeyMismatchError(
+            f"the key belongs to a photo of {width}x{height} pixels, but "
+            f"'{photo.name or 'photo'}' has {photo.width}x{photo.height}; "
+            "give the protected photo as it was written, not scaled, cropped or rotated"
+        )
+    try:
+        inversion = Inversion(key.sampler, key.steps)  # type: ignore[arg-type]  # checked there
+        inversion.recovery(operations.schedule)
+    except OptionError as error:
+        raise KeyMismatchError(f"the key cannot be used with this bundle: {error}") from error
+    face = key.faces[0]  # all of a key have the same shapes
+    wanted = (d.stages, d.token_width), (d.latent_channels, d.latent_size, d.latent_size)
+    if (face.tokens.shape, face.latents.shape[1:]) != wanted:
+        raise KeyMismatchError(
+            f"the key's tensors do not have the shapes of bundle '{bundle.name}'"
+        )
+    return inversion
