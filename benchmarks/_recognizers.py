@@ -19,10 +19,10 @@ Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 
 def load_recognizer(path: Path, batch: int = 32) -> Embed:
-    """Open a recognizer that takes RGB 0…255 float [N, 3, 112, 112], ArcFace-aligned.
+    """Open a recognizer of ArcFace-aligned faces, RGB 0…255 float [N, 3, 112, 112].
 
     Returns:
-        A function from uint8 crops [N, 112, 112, 3] RGB to float32 embeddings [N, E] of unit length.
+        A function from uint8 crops [N, 112, 112, 3] RGB to float32 unit embeddings [N, E].
 
     Raises:
         ValueError: If the file is neither `.onnx` nor TorchScript (`.pt`).

@@ -124,6 +124,7 @@ class Components:
         provenance: Where the weights come from, by topic.
         source: Constructor arguments of each network, for families that `models.embedded` can
             rebuild from a bundle; empty otherwise.
+        card: Text of the model card that travels in the bundle; empty if there is none.
     """
 
     name: str
@@ -140,6 +141,7 @@ class Components:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    card: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
         for module in self.modules().values():

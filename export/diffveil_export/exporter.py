@@ -36,9 +36,10 @@ from diffveil_export.verify import (
 )
 from diffveil_export.wrappers import wrap
 
-__all__ = ["WEIGHTS_FILE", "ExportResult", "export_bundle"]
+__all__ = ["MODEL_CARD_FILE", "WEIGHTS_FILE", "ExportResult", "export_bundle"]
 
 WEIGHTS_FILE = "weights.bin"
+MODEL_CARD_FILE = "MODEL_CARD.md"
 _EXAMPLE_SEED = 2  # the inputs of tracing; verification draws others
 _log = logging.getLogger(__name__)
 
@@ -94,6 +95,8 @@ def export_bundle(
             store.absorb(model)
             ir.save(model, folder / f"{spec.name}.onnx")
         write_source(folder, components, store)
+        if components.card:
+            (folder / MODEL_CARD_FILE).write_text(components.card, encoding="utf-8")
         store.close()
 
         data = {name: [WEIGHTS_FILE] for name in PROGRAMS}

@@ -92,6 +92,8 @@ def main() -> None:
             "teacher": "MobileFace V2 (MIT) for the recognizer",
         },
     }
+    card = Path(__file__).with_name("MODEL_CARD.md").read_text(encoding="utf-8")
+    (args.out / "MODEL_CARD.md").write_text(card, encoding="utf-8")
     (args.out / "model.json").write_text(json.dumps(facts, indent=1) + "\n")
     print(f"wrote {args.out}")
 

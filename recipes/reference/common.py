@@ -96,6 +96,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 class Run:
     """A resumable training run: what is trained, how far it is, and when it ends.
 
+    Without a checkpoint, finished weights beside it (`NAME.pt` for `NAME.ckpt`) are gone on from.
+
     Args:
         path: Checkpoint; read if it exists. Tensors and plain values only, nothing is unpickled.
         parts: Networks and optimizers by name.
@@ -109,6 +111,10 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.step, clock.spent = state["step"], state["spent"]
+        elif path.with_suffix(".pt").exists():
+            state = torch.load(path.with_suffix(".pt"), weights_only=True)
+            parts["network"].load_state_dict(state)
+            parts["average"].load_state_dict(state)
 
     def begin_step(self, *optimizers: torch.optim.Optimizer) -> bool:
         """Set the learning rate; False when the budget is spent."""

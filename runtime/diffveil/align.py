@@ -45,6 +45,7 @@ ARCFACE_TEMPLATE: tuple[tuple[float, float], ...] = (
 _MAX_REACH = 8.0  # a crop may reach this many times the photo's longer side, no further
 _MATCH_LIMIT = 16.0  # largest colour correction, levels of 255
 _OWNER_SHARPNESS = 24.0  # of the border between overlapping faces, in mask radii
+_BAND_PIXELS = 2**19  # blended at a time: a face that fills a photo takes no more memory than this
 
 
 def template_for(size: int) -> Matrix:
@@ -189,8 +190,10 @@ def paste_faces(
             if other[0] < x1 and other[2] > x0 and other[1] < y1 and other[3] > y0
         ]
         # Where regions of two faces overlap, both passes compute the same values.
-        region = np.s_[box[1] : box[3], box[0] : box[2]]
-        result[region] = _composite(pixels[region], box[:2], overlapping, mask)
+        rows = max(1, _BAND_PIXELS // (box[2] - box[0]))
+        for top in range(box[1], box[3], rows):
+            region = np.s_[top : min(top + rows, box[3]), box[0] : box[2]]
+            result[region] = _composite(pixels[region], (box[0], top), overlapping, mask)
     return result
 
 
@@ -212,25 +215,29 @@ def _composite(
         uint8 [h, w, 3].
     """
     height, width = photo.shape[:2]
-    middle, extent = _support(mask)
-    y, x = np.mgrid[0:height, 0:width]
     weights = Image.fromarray(mask)
-    cover = np.zeros((height, width), dtype=np.float32)
-    radii, masks, warps = [], [], []
+    placed, masks, warps = [], [], []
     for crop, matrix in faces:
         local = matrix.copy()
         local[:, 2] += matrix[:, :2] @ np.asarray(origin, dtype=np.float64)
         # The mask is smooth and is sampled pointwise: an antialiased one would grow beyond
         # what `recovery_mask` covers when the face is small.
         weight = _sample(weights, local, (width, height), Image.Resampling.BILINEAR)
+        placed.append(local)
+        masks.append(np.clip(weight, 0.0, 1.0))
+        warps.append(_warp(crop, local, (width, height)))
+    if len(faces) == 1:  # all of it is this face's
+        return _levels(photo + masks[0][..., None] * (warps[0] - photo))
+    middle, extent = _support(mask)
+    y, x = np.mgrid[0:height, 0:width]
+    radii = []
+    for local in placed:
         offset = [
             (row[0] * x + row[1] * y + row[2] - m) / e
             for row, m, e in zip(local, middle, extent, strict=True)
         ]
-        masks.append(np.clip(weight, 0.0, 1.0))
         radii.append(np.hypot(*offset))
-        warps.append(_warp(crop, local, (width, height)))
-        cover = np.maximum(cover, masks[-1])
+    cover = np.maximum.reduce(masks)
     nearest = np.minimum.reduce(radii)
     shares = [
         m * np.exp(_OWNER_SHARPNESS * (nearest - r)) for m, r in zip(masks, radii, strict=True)

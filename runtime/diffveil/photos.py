@@ -144,8 +144,7 @@ def load_photo(source: PhotoSource, *, max_pixels: int = MAX_PIXELS) -> Photo:
             a photo (32-bit float, Lab).
     """
     if isinstance(source, Photo):
-        _check_size(source.width, source.height, max_pixels)
-        return source
+        return source  # its size was accepted when it was made, perhaps under a higher limit
     if isinstance(source, np.ndarray):
         return _from_array(source, max_pixels)
     if isinstance(source, Image.Image):

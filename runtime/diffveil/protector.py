@@ -24,7 +24,14 @@ from diffveil.protection import Protection, protect
 from diffveil.recovery import recover
 from diffveil.result import FaceEmbeddings, Result
 from diffveil.sampling import Progress
-from diffveil.scenes import OnMissing, Scene, is_one_photo, read_scenes, to_images
+from diffveil.scenes import (
+    OnMissing,
+    Scene,
+    is_one_photo,
+    read_scenes,
+    several_photos,
+    to_images,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -295,7 +302,7 @@ class Protector:
         """
         started = time.perf_counter()
         single = is_one_photo(photo)
-        sources = [photo] if single else list(photo)
+        sources = [photo] if single else several_photos(photo)
         keys = list(key) if isinstance(key, list | tuple) else [key]
         for one in keys:
             if not isinstance(one, RecoveryKey):

@@ -32,7 +32,7 @@ class Result:
         key: What brings the faces back, the same for all variants; None when it was not asked for,
             when no face was found, and after recovery.
         backend: Name of the backend that ran.
-        seconds: Wall-clock time of this photo; of what a batch shares, the part of its own faces.
+        seconds: Wall-clock time of the call, divided evenly among its photos.
         preset: Name of the preset; None after recovery, which follows the key.
     """
 

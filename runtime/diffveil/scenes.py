@@ -23,6 +23,7 @@ __all__ = [
     "aligned_scene",
     "is_one_photo",
     "read_scenes",
+    "several_photos",
     "to_images",
     "to_pixels",
 ]
@@ -141,13 +142,7 @@ def read_scenes(
         raise OptionError(
             "faces: an aligned photo is its own face; give faces or aligned, not both"
         )
-    try:
-        sources = list(sources)
-    except TypeError:
-        raise PhotoError(
-            "expected a path, bytes, a Pillow image, an array or a sequence of them, "
-            f"received {type(sources).__name__}"
-        ) from None
+    sources = several_photos(sources)
     given = [None] * len(sources) if faces is None else list(faces)
     if len(given) != len(sources):
         raise OptionError(
@@ -177,6 +172,21 @@ def read_scenes(
 def is_one_photo(source: object) -> TypeGuard[PhotoSource]:
     """Whether a source is one photo rather than a sequence of them."""
     return isinstance(source, _ONE_PHOTO)
+
+
+def several_photos(sources: Iterable[PhotoSource]) -> list[PhotoSource]:
+    """The photos of a sequence.
+
+    Raises:
+        PhotoError: It is no sequence.
+    """
+    try:
+        return list(sources)
+    except TypeError:
+        raise PhotoError(
+            "expected a path, bytes, a Pillow image, an array or a sequence of them, "
+            f"received {type(sources).__name__}"
+        ) from None
 
 
 def to_images(crops: _Pixels) -> NDArray[np.float32]:

@@ -65,6 +65,21 @@ def test_results_inside_the_folder_are_not_inputs_again() -> None:
     assert [photo.path.as_posix() for photo in found] == ["in/a.jpg"]
 
 
+@pytest.mark.parametrize("output", [".", "out"])
+def test_results_above_or_beside_the_folder_hide_none_of_its_photos(output: str) -> None:
+    touch("in/a.jpg", "out/b.jpg")
+    found = find_photos(["in"], exclude=Path(output))
+    assert [photo.path.as_posix() for photo in found] == ["in/a.jpg"]
+    assert outputs(["in"], output) == [[f"{output}/a.jpg".removeprefix("./")]]
+
+
+def test_results_in_the_folder_itself_would_overwrite_it() -> None:
+    touch("in/a.jpg")
+    photos = find_photos(["in"], exclude=Path("in"))
+    with pytest.raises(UsageError, match="overwrite an input"):
+        plan_jobs(photos, "in", tag="anonymized")
+
+
 def test_globs_that_no_shell_expanded_and_files_named_like_globs() -> None:
     touch("cam-1.png", "cam-2.png", "odd[1].png")
     assert len(find_photos(["cam-*.png"])) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from diffveil import align
 from diffveil.align import (
     ARCFACE_TEMPLATE,
     crop_face,
@@ -272,6 +274,33 @@ def test_faces_apart_are_pasted_as_if_alone(rng: np.random.Generator) -> None:
     for crop, matrix in zip(crops, matrices, strict=True):
         one_by_one = paste_face(one_by_one, crop, matrix, MASK)
     np.testing.assert_array_equal(together, one_by_one)
+
+
+def test_large_faces_are_pasted_in_bands_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    for photo, crops, matrices in (
+        overlapping(),
+        (photo_of(120, 160), [photo_of(SIZE, SIZE)], [turned(0.7, 20, (80, 60))]),
+    ):
+        monkeypatch.setattr(align, "_BAND_PIXELS", 2**30)
+        whole = paste_faces(photo, crops, matrices, MASK)
+        monkeypatch.setattr(align, "_BAND_PIXELS", 500)  # a few rows
+        banded = paste_faces(photo, crops, matrices, MASK)
+        # One rounding of coordinates apart.
+        assert np.abs(banded.astype(int) - whole).max() <= 1
+
+
+def test_pasting_a_large_face_takes_little_memory() -> None:
+    photo = np.full((1600, 1600, 3), 128, np.uint8)
+    crop = np.full((SIZE, SIZE, 3), 100, np.uint8)
+    matrix = turned(SIZE / 1600, 0.0, (800, 800))
+    tracemalloc.start()
+    try:
+        paste_face(photo, crop, matrix, MASK, match_colour=False)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    # The result, and some arrays of one band; the whole face at once would take ten times more.
+    assert peak < photo.nbytes + 60 * align._BAND_PIXELS
 
 
 def test_faces_off_the_photo_change_nothing() -> None:

@@ -251,6 +251,15 @@ def test_size_limit_is_checked_before_decoding() -> None:
     assert Image.MAX_IMAGE_PIXELS == MAX_PIXELS  # so that Pillow never warns within our limit
 
 
+def test_a_photo_read_under_a_higher_limit_stays_usable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    photo = load_photo(np.zeros((10, 11, 3), np.uint8), max_pixels=110)
+    assert load_photo(photo, max_pixels=100) is photo
+    monkeypatch.setattr("diffveil.photos.MAX_PIXELS", 100)
+    assert save_photo(photo, tmp_path / "large.png").is_file()
+
+
 def test_unreadable_paths(tmp_path: Path) -> None:
     for path in (tmp_path / "missing.jpg", tmp_path, "nul\0l.jpg"):
         with pytest.raises(PhotoError, match="cannot be read"):

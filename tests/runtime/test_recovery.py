@@ -9,6 +9,7 @@ import pytest
 from diffveil import (
     KeyMismatchError,
     OptionError,
+    PhotoError,
     Protector,
     RecoveryKey,
     generate_identity,
@@ -111,6 +112,8 @@ def test_recover_needs_one_key_a_photo(protector: Protector, portrait: Pixels) -
         protector.recover([portrait, portrait], [key_of(result)])
     with pytest.raises(OptionError, match="received str, expected a RecoveryKey"):
         protector.recover(portrait, "portrait.veilkey")  # type: ignore[call-overload]
+    with pytest.raises(PhotoError, match="received int"):
+        protector.recover(7, key_of(result))  # type: ignore[call-overload]
 
 
 def test_a_real_bundle_from_photo_to_photo(

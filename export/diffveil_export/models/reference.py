@@ -1,7 +1,8 @@
 """Loads the reference family: `autoencoder/`, `unet/`, `conditioner/` and `recognizer/` folders.
 
 `unet/` is a diffusers folder; the others hold `config.json` (the constructor's arguments) and
-`model.safetensors`. A `model.json` beside them may state name, licence, thresholds and provenance.
+`model.safetensors`. A `model.json` beside them may state name, licence, thresholds and provenance;
+a `MODEL_CARD.md` goes into the bundle as it is.
 """
 
 from __future__ import annotations
@@ -61,6 +62,7 @@ def assemble(
     licence: str,
     thresholds: Mapping[str, float] | None = None,
     provenance: Mapping[str, str] | None = None,
+    card: str = "",
 ) -> Components:
     """Join trained networks of the reference family; the recognizer is fused in a copy.
 
@@ -73,6 +75,7 @@ def assemble(
         licence: Licence of the weights.
         thresholds: Cosine thresholds by false accept rate.
         provenance: Where the weights come from, by topic.
+        card: Text of the model card.
     """
     # A loader that runs twice on the same recognizer must not fuse it twice.
     fused = copy.deepcopy(recognizer).fuse()
@@ -95,6 +98,7 @@ def assemble(
         licence=licence,
         thresholds=dict(thresholds or {}),
         provenance=dict(provenance or {}),
+        card=card,
         source={
             "autoencoder": autoencoder.config,
             "unet": _constructor_arguments(unet),
@@ -133,7 +137,7 @@ def load_reference(folder: Path) -> Components:
     ]
     if missing:
         raise OptionError(f"model folder '{folder}' lacks {', '.join(missing)}")
-    facts = _facts(folder / "model.json")
+    facts, card = _facts(folder / "model.json"), folder / "MODEL_CARD.md"
     unet_class: Any = diffusers.UNet2DConditionModel  # its methods carry no types
     return assemble(
         name=str(facts.get("name", folder.name)),
@@ -149,6 +153,7 @@ def load_reference(folder: Path) -> Components:
         licence=str(facts.get("licence", "not stated")),
         thresholds={k: float(v) for k, v in facts.get("thresholds", {}).items()},
         provenance={k: str(v) for k, v in facts.get("provenance", {}).items()},
+        card=card.read_text(encoding="utf-8") if card.is_file() else "",
     )
 
 

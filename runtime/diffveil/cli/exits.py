@@ -15,7 +15,7 @@ from diffveil.errors import (
     WrongSecretError,
 )
 
-__all__ = ["ExitCode", "UsageError", "exit_code_of"]
+__all__ = ["ExitCode", "UsageError", "WriteError", "exit_code_of"]
 
 
 class ExitCode(IntEnum):
@@ -34,6 +34,10 @@ class UsageError(Exception):
     """The command line asks for something that cannot be meant; nothing was done."""
 
 
+class WriteError(Exception):
+    """A result cannot be written; neither the photo nor the key it belongs to is to blame."""
+
+
 # Subclasses stand before their bases: the first match decides.
 _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (UsageError, ExitCode.USAGE),
@@ -44,6 +48,7 @@ _CODES: tuple[tuple[type[BaseException], ExitCode], ...] = (
     (KeyMismatchError, ExitCode.BROKEN_FILE),
     (PhotoError, ExitCode.BROKEN_FILE),
     (BundleError, ExitCode.BROKEN_FILE),
+    (WriteError, ExitCode.FAILED),
     (DiffveilError, ExitCode.FAILED),
     (OSError, ExitCode.FAILED),
 )

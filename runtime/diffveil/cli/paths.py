@@ -52,7 +52,8 @@ def find_photos(arguments: Iterable[str], exclude: Path | None = None) -> list[F
 
     Args:
         arguments: what stands on the command line.
-        exclude: a folder of results; photos below it are not inputs.
+        exclude: a folder of results; where it lies inside a folder that is searched, the photos
+            below it are not inputs.
 
     Raises:
         UsageError: an argument leads to no photo.
@@ -62,14 +63,7 @@ def find_photos(arguments: Iterable[str], exclude: Path | None = None) -> list[F
         hits = [argument]
         if not os.path.exists(argument) and glob.has_magic(argument):
             hits = sorted(glob.glob(argument, recursive=True))
-        photos = [photo for hit in hits for photo in _below(Path(hit))]
-        if exclude is not None:
-            results = exclude.resolve()
-            photos = [
-                photo
-                for photo in photos
-                if not (photo.from_folder and results in photo.path.resolve().parents)
-            ]
+        photos = [photo for hit in hits for photo in _below(Path(hit), exclude)]
         if not photos:
             raise UsageError(f"{argument}: no photo there")
         for photo in photos:
@@ -77,12 +71,17 @@ def find_photos(arguments: Iterable[str], exclude: Path | None = None) -> list[F
     return list(found.values())
 
 
-def _below(path: Path) -> list[Found]:
+def _below(path: Path, exclude: Path | None) -> list[Found]:
     if path.is_dir():
+        results = None if exclude is None else exclude.resolve()
+        if results is not None and path.resolve() not in results.parents:
+            results = None  # results beside or above the photos hide none of them
         return [
             Found(file, file.relative_to(path), True)
             for file in sorted(path.rglob("*"))
-            if file.suffix.lower() in READABLE and file.is_file()
+            if file.suffix.lower() in READABLE
+            and file.is_file()
+            and (results is None or results not in file.resolve().parents)
         ]
     if not path.exists():
         raise UsageError(f"{path}: no such file or folder")

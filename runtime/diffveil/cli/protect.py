@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
-from diffveil.cli.exits import ExitCode, UsageError
+from diffveil.cli.exits import ExitCode, UsageError, WriteError
 from diffveil.cli.paths import Job, find_photos, output_folder, plan_jobs, plan_keys
 from diffveil.cli.progress import ProgressBar
 from diffveil.cli.report import describe_photo, json_line, report_failure
 from diffveil.cli.secret import ask_passphrase, passphrase_from_file
-from diffveil.errors import NoFaceError, OptionError, PhotoError
+from diffveil.errors import KeyFileError, NoFaceError, OptionError, PhotoError
 
 if TYPE_CHECKING:
     from diffveil.keys import RecoveryKey
@@ -71,11 +71,14 @@ def run(args: argparse.Namespace) -> int:
         with ProgressBar(label) as bar:
             outcomes = _protect(args, protector, [job.source for job in batch], bar)
             for offset, (job, outcome) in enumerate(zip(batch, outcomes, strict=True)):
-                if isinstance(outcome, Exception):
-                    failure = report_failure(bar, job.source, outcome, as_json=args.json)
+                try:
+                    if isinstance(outcome, Exception):
+                        raise outcome
+                    key = _write(job, outcome, keys[start + offset], seal)
+                except (PhotoError, NoFaceError, WriteError) as error:
+                    failure = report_failure(bar, job.source, error, as_json=args.json)
                     status = status or failure
                 else:
-                    key = _write(job, outcome, keys[start + offset], seal)
                     _report(args, bar, job, outcome, key)
     return status
 
@@ -146,13 +149,16 @@ def _protect(
 
 def _write(job: Job, result: Result, key_path: Path | None, seal: _Seal | None) -> Path | None:
     written = None
-    # The key first: a key without its photo is useless, a photo without its key is lost.
-    if key_path is not None and seal is not None and result.key is not None:
-        seal.seal(result.key, key_path)
-        written = key_path
-    for variant, output in enumerate(job.outputs):
-        output.parent.mkdir(parents=True, exist_ok=True)
-        result.save(output, variant=variant)
+    try:
+        # The key first: a key without its photo is useless, a photo without its key is lost.
+        if key_path is not None and seal is not None and result.key is not None:
+            seal.seal(result.key, key_path)
+            written = key_path
+        for variant, output in enumerate(job.outputs):
+            output.parent.mkdir(parents=True, exist_ok=True)
+            result.save(output, variant=variant)
+    except (PhotoError, KeyFileError, OSError) as error:
+        raise WriteError(str(error)) from error
     return written
 
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import argparse
 import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from diffveil.cli.exits import ExitCode
+from diffveil.cli.exits import ExitCode, WriteError
 from diffveil.cli.paths import check_targets, find_key, find_photos, output_folder, plan_jobs
 from diffveil.cli.progress import ProgressBar
 from diffveil.cli.report import describe_photo, json_line, report_failure
 from diffveil.cli.secret import ask_passphrase, passphrase_from_file, readable_file
 from diffveil.errors import KeyFileError, KeyMismatchError, PhotoError
+
+if TYPE_CHECKING:
+    from diffveil.result import Result
 
 __all__ = ["run"]
 
@@ -50,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
             try:
                 key = RecoveryKey.unseal(path, passphrase=passphrase, identity=identity)
                 result = protector.recover(job.source, key, progress=bar)
-            except (PhotoError, KeyFileError, KeyMismatchError) as error:
+                _write(result, job.outputs[0])
+            except (PhotoError, KeyFileError, KeyMismatchError, WriteError) as error:
                 failure = report_failure(
                     bar,
                     job.source,
@@ -60,9 +66,6 @@ def run(args: argparse.Namespace) -> int:
                 )
                 status = status or failure
                 continue
-            output = job.outputs[0]
-            output.parent.mkdir(parents=True, exist_ok=True)
-            result.save(output)
             if args.json:
                 record = describe_photo(
                     job.source, job.outputs, path, result.backend, result.seconds, result.faces
@@ -71,5 +74,13 @@ def run(args: argparse.Namespace) -> int:
             else:
                 count = len(result.faces)
                 faces = f"{count} face{'s' if count != 1 else ''} in {result.seconds:.1f} s"
-                bar.message(f"{job.source} -> {output}: {faces}", sys.stdout)
+                bar.message(f"{job.source} -> {job.outputs[0]}: {faces}", sys.stdout)
     return status
+
+
+def _write(result: Result, output: Path) -> None:
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        result.save(output)
+    except (PhotoError, OSError) as error:
+        raise WriteError(str(error)) from error
