@@ -313,6 +313,16 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def insert(document: Path, table: str) -> None:
+    """Put the table between the quality markers of a Markdown file."""
+    begin, end = "<!-- quality:begin -->", "<!-- quality:end -->"
+    before, _, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{document}: expected the markers {begin} and {end}")
+    document.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
+
+
 def _named(values: Iterable[str]) -> dict[str, Path]:
     return {name: Path(path) for name, _, path in (v.partition("=") for v in values)}
 
@@ -333,6 +343,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--oracle", action="store_true", help="time the published recipe in PyTorch as well"
     )
+    parser.add_argument("--readme", type=Path, help="Markdown file whose table to replace")
     args = parser.parse_args(argv)
 
     protector = diffveil.Protector.load(args.bundle)
@@ -379,6 +390,8 @@ def main(argv: list[str] | None = None) -> int:
     (args.out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
     (args.out / "quality.md").write_text(as_markdown(report))
     contact_sheet(portraits, protector).save(args.out / "contact-sheet.png")
+    if args.readme:
+        insert(args.readme, as_markdown(report))
     print(as_markdown(report))
     return 0
 

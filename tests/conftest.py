@@ -47,10 +47,14 @@ def tiny_bundle_path(pytestconfig: pytest.Config, tmp_path_factory: pytest.TempP
         base = tmp_path_factory.mktemp("tiny-bundle")
     folder = base / _sources_digest()
     if not folder.exists():
+        from diffveil.errors import OptionError
         from diffveil_export.exporter import export_bundle
         from tiny_models import tiny_components
 
-        export_bundle(tiny_components(), folder)
+        try:
+            export_bundle(tiny_components(), folder)
+        except OptionError:
+            assert folder.exists()  # another test run was quicker
     return folder
 
 

@@ -387,6 +387,21 @@ def test_misuse_is_status_2_and_touches_nothing(
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--variants", "expected a whole number, got many"),
+        ("--seed", "expected a whole number, got many"),
+        ("--strength", "expected above 0 up to 1, got many"),
+    ],
+)
+def test_what_is_no_number_is_said_in_words(
+    option: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status("anonymize", "a.png", option, "many") == 2
+    assert message in capsys.readouterr().err
+
+
 def test_without_a_terminal_the_passphrase_is_not_waited_for(
     tmp_path: Path, portrait: Image.Image
 ) -> None:

@@ -36,12 +36,7 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
     Raises:
         OptionError: `target` exists and is not to be replaced, or is not a bundle.
     """
-    if target.exists() or target.is_symlink():
-        if not force:
-            raise OptionError(f"'{target}' exists; give --force to replace it")
-        # --force replaces a bundle, never somebody's photos.
-        if target.is_symlink() or not (target / MANIFEST_FILE).is_file():
-            raise OptionError(f"'{target}' exists and is no bundle: remove it yourself")
+    _refuse_existing(target, force)
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(
         dir=target.parent, prefix=f".{target.name}-", ignore_cleanup_errors=True
@@ -49,6 +44,7 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
         stage = Path(workspace) / "new"
         stage.mkdir()
         yield stage
+        _refuse_existing(target, force)  # an export takes minutes: look again
         old = Path(workspace) / "old"
         if target.exists():
             os.replace(target, old)
@@ -59,6 +55,16 @@ def staged_folder(target: Path, *, force: bool = False) -> Iterator[Path]:
                 os.replace(old, target)
             raise
         shutil.rmtree(old, ignore_errors=True)
+
+
+def _refuse_existing(target: Path, force: bool) -> None:
+    if not target.exists() and not target.is_symlink():
+        return
+    if not force:
+        raise OptionError(f"'{target}' exists; give --force to replace it")
+    # --force replaces a bundle, never somebody's photos.
+    if target.is_symlink() or not (target / MANIFEST_FILE).is_file():
+        raise OptionError(f"'{target}' exists and is no bundle: remove it yourself")
 
 
 def write_manifest(

@@ -227,7 +227,8 @@ def _composite(
         masks.append(np.clip(weight, 0.0, 1.0))
         warps.append(_warp(crop, local, (width, height)))
     if len(faces) == 1:  # all of it is this face's
-        return _levels(photo + masks[0][..., None] * (warps[0] - photo))
+        base = photo.astype(np.float32)
+        return _levels(base + masks[0][..., None] * (warps[0] - base))
     middle, extent = _support(mask)
     y, x = np.mgrid[0:height, 0:width]
     radii = []

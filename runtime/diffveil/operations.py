@@ -24,7 +24,7 @@ from diffveil.guidance import IdentityGuidance
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.presets import Inversion, Plan
-from diffveil.samplers import Step
+from diffveil.samplers import SamplerTable, Step, retrace
 from diffveil.sampling import Blend, Latent, Progress, add_noise, run
 
 __all__ = ["Crops", "FaceBatch", "FaceOperations"]
@@ -242,6 +242,9 @@ class FaceOperations:
         table = plan.table(self.schedule)
         clean = np.repeat(faces.latents, variants, axis=0)
         noise = self.start_noise(keys, variants).reshape(clean.shape)
+        if plan.fresh_noise < 1.0:
+            own = np.repeat(self._own_noise(faces, plan, table), variants, axis=0)
+            noise = _mixed(own, noise, plan.fresh_noise)
         x = add_noise(self.schedule, clean, noise, table.start_timestep)
         denoise = Denoiser(
             self.programs,
@@ -262,6 +265,21 @@ class FaceOperations:
         x, _ = run(table, x, denoise, gradient=gradient, blend=blend, progress=progress)
         images = self._decode(x)
         return images.reshape(len(faces), variants, *images.shape[1:])
+
+    def _own_noise(self, faces: FaceBatch, plan: Plan, table: SamplerTable) -> Latent:
+        """Noise [N, C, s, s] that an unguided run of the table turns into the photo itself."""
+        up = retrace(self.schedule, table)
+        denoise = Denoiser(
+            self.programs,
+            faces.tokens,
+            up.timesteps,
+            conditional_above=plan.conditional_above,
+            max_batch=self.max_batch,
+        )
+        x, _ = run(up, faces.latents, denoise)
+        start = table.start_timestep
+        signal, sigma = self.schedule.signal(start), self.schedule.noise(start)
+        return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)
 
     def _keep_background(self, plan: Plan, clean: Latent, noise: Latent) -> Blend:
         """Outside the face the latent becomes the photo's again, late in the run."""
@@ -318,3 +336,9 @@ class FaceOperations:
             problems.append("tokens: received no faces, expected at least one")
         if problems:
             raise OptionError("recover: " + "; ".join(problems))
+
+
+def _mixed(own: Latent, fresh: Latent, share: float) -> Latent:
+    """√(1 − f²)·own + f·fresh: two unit Gaussians give a unit Gaussian."""
+    kept = np.multiply(own, np.sqrt(1.0 - share**2), dtype=np.float64)
+    return (kept + np.multiply(fresh, share, dtype=np.float64)).astype(np.float32)

@@ -109,6 +109,11 @@ class Plan:
         background_below: The background is reset to the photo's at timesteps below this; 0: never.
         guidance: Identity guidance.
         spacing: Which timesteps are visited, see ``diffveil.samplers.ddim``.
+        fresh_noise: Share f of fresh noise in what the latent is noised with, in [0, 1]. The rest
+            is the photo's own noise map, found by DDIM inversion along the same timesteps:
+            √(1 − f²)·own + f·fresh. 1 is the published method. Less keeps more of what makes the
+            photo look like a photograph, and leaves the change of identity to the guidance; needs
+            ``"trailing"`` spacing.
         background: What the background is reset to: the photo's latent ``"noised"`` as far as the
             face is at that step, or always ``"clean"`` as in the published method.
 
@@ -124,6 +129,7 @@ class Plan:
     guidance: Guidance
     spacing: Spacing = "trailing"
     background: Literal["noised", "clean"] = "noised"
+    fresh_noise: float = 1.0
 
     def __post_init__(self) -> None:
         problems = []
@@ -145,6 +151,10 @@ class Plan:
             problems.append(f"spacing is {self.spacing!r}, expected 'leading' or 'trailing'")
         if self.background not in ("noised", "clean"):
             problems.append(f"background is {self.background!r}, expected 'noised' or 'clean'")
+        if not 0.0 <= self.fresh_noise <= 1.0:
+            problems.append(f"fresh_noise is {self.fresh_noise}, expected 0 to 1")
+        elif self.fresh_noise < 1.0 and self.spacing != "trailing":
+            problems.append("fresh_noise below 1 needs spacing 'trailing'")
         _report("plan", problems)
 
     def table(self, schedule: NoiseSchedule) -> SamplerTable:
@@ -309,32 +319,41 @@ _PAPER = Preset(
 )
 
 # Few steps, so each must steer further: gradients of unit size, scaled with the noise that is left
-# to absorb them, until the face is clearly somebody else (or, to hide, throughout).
+# to absorb them, until the face is clearly somebody else (or, to hide, clearly still the person).
+# Starting from the photo's own noise keeps light, pose and texture; fresh noise takes the rest.
 _FAST = Preset(
     name="fast",
     anonymize=Plan(
         sampler="ddim",
-        steps=10,
+        steps=16,
         strength=0.6,
         conditional_above=400,
         background_below=300,
         guidance=Guidance(
-            weight=((-1, 0.05),),
+            weight=((-1, 0.07),),
             normalise="rms",
             scale_with_noise=True,
-            margin=-0.2,
+            margin=-0.3,
             mode="repel",
         ),
+        spacing="trailing",
+        fresh_noise=0.5,
     ),
     hide=Plan(
         sampler="ddim",
-        steps=12,
+        steps=20,
         strength=0.8,
         conditional_above=600,
         background_below=0,
         guidance=Guidance(
-            weight=((-1, 0.05),), normalise="rms", scale_with_noise=True, mode="attract"
+            weight=((-1, 0.1),),
+            normalise="rms",
+            scale_with_noise=True,
+            margin=0.8,
+            mode="attract",
         ),
+        spacing="trailing",
+        fresh_noise=0.8,
     ),
     recovery=Inversion(sampler="o-belm", steps=8),
 )

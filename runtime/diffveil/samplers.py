@@ -35,6 +35,7 @@ __all__ = [
     "ddim_inversion",
     "o_belm",
     "o_belm_inversion",
+    "retrace",
 ]
 
 Spacing = Literal["leading", "trailing"]
@@ -233,6 +234,29 @@ def ddim_inversion(schedule: NoiseSchedule, steps: int) -> SamplerTable:
         OptionError: ``steps`` is out of range.
     """
     nodes = (CLEAN, *ddim_timesteps(steps, training_steps=schedule.steps))
+    rows = tuple(_ddim_step(schedule, u, t, label=t) for u, t in pairwise(nodes))
+    return SamplerTable("ddim", CLEAN, rows)
+
+
+def retrace(schedule: NoiseSchedule, table: SamplerTable) -> SamplerTable:
+    """DDIM inversion along the nodes of another table, from the clean end up to its start.
+
+    What it finds is the noise that `table` would turn back into the photo, were it not guided; as
+    with ``ddim_inversion``, up to the error of the step length.
+
+    Args:
+        schedule: Noise schedule of the model.
+        table: Starts at the first timestep that it visits, as ``"trailing"`` spacing does.
+
+    Raises:
+        OptionError: The table starts elsewhere.
+    """
+    if table.start_timestep != table.timesteps[0]:
+        raise OptionError(
+            f"sampler {table.name!r} starts at timestep {table.start_timestep} but visits "
+            f"{table.timesteps[0]} first; expected the same, as with spacing 'trailing'"
+        )
+    nodes = (CLEAN, *reversed(table.timesteps))
     rows = tuple(_ddim_step(schedule, u, t, label=t) for u, t in pairwise(nodes))
     return SamplerTable("ddim", CLEAN, rows)
 

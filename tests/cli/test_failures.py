@@ -18,9 +18,7 @@ from fake_programs import fake_programs
 @pytest.fixture
 def protector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Protector:
     """What the command line loads: programs of a few lines and a detector that knows the face."""
-    made = Protector(
-        fake_programs(tmp_path / "bundle"), detector=ListedDetector({(90, 110): ONE})
-    )
+    made = Protector(fake_programs(tmp_path / "bundle"), detector=ListedDetector({(90, 110): ONE}))
     monkeypatch.setattr(Protector, "load", lambda *_, **__: made)
     return made
 

@@ -51,6 +51,7 @@ def test_a_file_or_a_folder_for_one_photo() -> None:
     assert outputs(["a.jpg"], "x.png") == [["x.png"]]
     assert outputs(["a.jpg"], "there") == [["there/a.jpg"]]
     assert outputs(["a.jpg"], "new/") == [["new/a.jpg"]]
+    assert outputs(["*.jpg"], "new") == [["new/a.jpg"]]
 
 
 def test_a_folder_keeps_its_shape_and_its_photos_only() -> None:
@@ -126,14 +127,14 @@ def test_two_results_never_share_a_place() -> None:
     [
         (["a.jpg", "b.jpg"], "notes.txt", "several photos need a folder"),
         (["a.jpg"], "x.gif", "suffix"),
-        (["a.jpg"], "x", "suffix"),
+        (["a.jpg"], "note", "suffix"),
         (["."], None, "-o FOLDER"),
     ],
 )
 def test_outputs_that_cannot_be_meant(
     arguments: list[str], output: str | None, message: str
 ) -> None:
-    touch("a.jpg", "b.jpg", "notes.txt")
+    touch("a.jpg", "b.jpg", "notes.txt", "note")
     with pytest.raises(UsageError, match=message):
         outputs(arguments, output)
 

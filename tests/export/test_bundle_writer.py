@@ -57,6 +57,20 @@ def test_existing_is_refused_without_force(tmp_path: Path) -> None:
         raise AssertionError("the block must not run")
 
 
+def test_what_appeared_meanwhile_is_kept(tmp_path: Path) -> None:
+    target = tmp_path / "b"
+
+    def race() -> None:
+        with staged_folder(target) as stage:
+            _write(stage, "slow")
+            with staged_folder(target) as other:
+                _write(other, "quick")
+
+    with pytest.raises(OptionError, match="--force"):
+        race()
+    assert (target / MANIFEST_FILE).read_text() == "quick"
+
+
 def test_force_never_replaces_what_is_no_bundle(tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -20,12 +20,14 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 from diffveil.errors import OptionError
 from diffveil.programs import PROGRAMS
 from diffveil_export.components import Components
+from diffveil_export.exporter import export_bundle
 from diffveil_export.gradient import trace_gradient
 from diffveil_export.lower import lower
 from diffveil_export.models import stable_diffusion
 from diffveil_export.models.clip import TextExpander, VisionEmbedder
 from diffveil_export.models.irse50 import IRSE50
 from diffveil_export.models.msi import MSI, msi_from_state
+from diffveil_export.storage import WeightStorage
 from diffveil_export.verify import random_inputs
 from diffveil_export.wrappers import wrap
 from parity import assert_close_to_reference
@@ -328,3 +330,15 @@ def test_another_recognizers_weights_are_refused(folder: Path, tmp_path: Path) -
     save_file({"conv.weight": torch.zeros(3, 3)}, tmp_path / "other.safetensors")
     with pytest.raises(OptionError, match=r"not IR-SE50: missing input_layer\.0\.weight"):
         _load(folder, recognizer=tmp_path / "other.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["float32", "float16"])
+def test_whole_bundle_exports(
+    weights: WeightStorage, components: Components, tmp_path: Path
+) -> None:
+    """All seven programs; the export itself checks each against PyTorch."""
+    result = export_bundle(components, tmp_path / "bundle", weights=weights)
+    assert all(result.parity)
+    assert {row.program for row in result.parity} == set(PROGRAMS)
+    assert result.bundle.manifest.provenance["msi_input"] == "rgb"

@@ -183,6 +183,31 @@ def test_without_a_background_limit_nothing_is_kept(
     assert change.max(axis=(0, 1)).min() > 0.3
 
 
+def test_without_fresh_noise_and_guidance_the_photo_comes_back(
+    operations: FaceOperations, crops: F32
+) -> None:
+    expected = operations.programs.decode(latent=operations.programs.encode(image=crops))
+    unguided = replace(ANONYMIZE.guidance, weight=((-1, 0.0),))
+    errors = {}
+    for fresh in (0.0, 1.0):
+        plan = replace(
+            ANONYMIZE, steps=60, guidance=unguided, fresh_noise=fresh, background_below=0
+        )
+        images = operations.anonymize(crops, plan, keys=noise_keys(3))[:, 0]
+        errors[fresh] = float(np.abs(images - np.clip(expected, -1, 1)).mean())
+    assert errors[0.0] < 0.1 * errors[1.0]
+
+
+def test_own_noise_knows_no_key_and_fresh_noise_does(
+    operations: FaceOperations, crops: F32
+) -> None:
+    for fresh, alike in ((0.0, True), (0.5, False)):
+        plan = replace(ANONYMIZE, fresh_noise=fresh)
+        first = operations.anonymize(crops, plan, keys=noise_keys(4)[:3])
+        second = operations.anonymize(crops, plan, keys=noise_keys(4)[1:])
+        assert np.array_equal(first, second) is alike
+
+
 def test_operations_on_one_batch_ask_once(
     programs: Programs, backend: FakeBackend, crops: F32
 ) -> None:

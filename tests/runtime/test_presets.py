@@ -152,6 +152,8 @@ def test_guidance_out_of_range(change: dict[str, Any], message: str) -> None:
         ({"background_below": 1001}, "background_below is 1001"),
         ({"spacing": "odd"}, "spacing is 'odd'"),
         ({"background": "grey"}, "background is 'grey'"),
+        ({"fresh_noise": 1.5}, "fresh_noise is 1.5"),
+        ({"fresh_noise": 0.5}, "needs spacing 'trailing'"),
     ],
 )
 def test_plan_out_of_range(change: dict[str, Any], message: str) -> None:

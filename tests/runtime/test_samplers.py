@@ -18,6 +18,7 @@ from diffveil.samplers import (
     ddim_inversion,
     o_belm,
     o_belm_inversion,
+    retrace,
 )
 from diffveil.sampling import run
 from diffveil.schedule import CLEAN, NoiseSchedule
@@ -322,3 +323,23 @@ def test_tables_know_what_they_start_from() -> None:
         SamplerTable("own", 5, (step,))
     with pytest.raises(OptionError, match="no steps"):
         SamplerTable("own", 5, ())
+
+
+def test_retracing_visits_the_nodes_of_its_table_and_undoes_it() -> None:
+    x = np.random.default_rng(7).standard_normal((2, 3, 4, 4)).astype(np.float32)
+    errors = []
+    for steps in (20, 200):
+        table = ddim(SCHEDULE, steps, 0.6, spacing="trailing")
+        up = retrace(SCHEDULE, table)
+        assert up.timesteps == tuple(reversed(table.timesteps))
+        assert (up.start_timestep, up.end_timestep) == (CLEAN, table.start_timestep)
+        noisy, _ = run(up, x, crooked)
+        back, _ = run(table, noisy, crooked)
+        errors.append(float(np.abs(back - x).max()))
+    # Of first order in the step length: ten times the steps, a tenth of the error.
+    assert errors[1] < 0.2 * errors[0] < 0.2
+
+
+def test_retracing_needs_a_table_that_starts_where_it_visits() -> None:
+    with pytest.raises(OptionError, match="starts at timestep"):
+        retrace(SCHEDULE, ddim(SCHEDULE, 50, 0.6, spacing="leading"))

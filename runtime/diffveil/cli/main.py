@@ -227,8 +227,8 @@ def _add_files(parser: argparse.ArgumentParser, metavar: str, what: str) -> None
         "-o",
         "--output",
         metavar="OUT",
-        help="a file for one photo, a folder for several (default: beside each photo); "
-        "inputs are never overwritten",
+        help="a file for one photo, a folder for any number (default: beside each photo; "
+        "folders of photos need it); inputs are never overwritten",
     )
     parser.add_argument("--json", action="store_true", help="one JSON object a photo, a line each")
 
@@ -240,21 +240,31 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
 
 
 def _count(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"expected 1 or more, got {text}")
     return value
 
 
 def _seed(text: str) -> int:
-    value = int(text)
+    value = _whole(text)
     if value < 0:
         raise argparse.ArgumentTypeError(f"expected 0 or more, got {text}")
     return value
 
 
+def _whole(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, got {text}") from None
+
+
 def _share(text: str) -> float:
-    value = float(text)
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
     if not 0.0 < value <= 1.0:
         raise argparse.ArgumentTypeError(f"expected above 0 up to 1, got {text}")
     return value

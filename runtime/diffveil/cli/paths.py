@@ -93,9 +93,10 @@ def plan_jobs(
 ) -> list[Job]:
     """Where each photo's results go.
 
-    Without `output`: beside the photo, as `name-<tag>.jpg`. With a folder: into it, under the
-    photo's own name (and below the same sub-folders, for a folder of photos). With a file:
-    there. Several variants are numbered `-1`, `-2`, ….
+    Without `output`: beside the photo, as `name-<tag>.jpg`. With a folder (one that exists, a name
+    without a suffix, or any name for several photos): into it, under the photo's own name (and
+    below the same sub-folders, for a folder of photos). With a file: there. Several variants are
+    numbered `-1`, `-2`, ….
 
     Raises:
         UsageError: a result would overwrite an input or another result, one file is named for
@@ -220,7 +221,8 @@ def _is_folder(output: str, photos: Sequence[Found]) -> bool:
     several = len(photos) > 1 or any(photo.from_folder for photo in photos)
     if several and os.path.exists(output):
         raise UsageError(f"-o {output}: is a file, but several photos need a folder")
-    return several
+    # No suffix, no photo: so a glob writes to the same place whether it meets one photo or many.
+    return several or (not Path(output).suffix and not os.path.exists(output))
 
 
 def _writable(path: Path) -> bool:
