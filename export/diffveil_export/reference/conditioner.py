@@ -59,7 +59,9 @@ class _Layer(nn.Module):
         super().__init__()
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = _Attention(width, heads)
-        self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         h = self.norm1(x)
@@ -110,7 +112,9 @@ class Conditioner(nn.Module):
         sizes.append(sizes[-1])
         self.pools = nn.ModuleList(_Pool(c, s) for c, s in zip(channels, sizes, strict=True))
         self.projectors = nn.ModuleList(
-            nn.Sequential(nn.Linear(c, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False))
+            nn.Sequential(
+                nn.Linear(c, width, bias=False), nn.SiLU(), nn.Linear(width, width, bias=False)
+            )
             for c in channels
         )
         self.stage = nn.Parameter(torch.randn(STAGES, width))
@@ -132,7 +136,8 @@ class Conditioner(nn.Module):
             x = scale(x)
             levels.append(nn.functional.normalize(projector(pool(x)), dim=-1))
         # Stages 2k and 2k + 1 read scale k; √D brings the unit vectors back to unit variance.
-        base = torch.stack(levels, 1).repeat_interleave(2, 1) * (self.stage * self.stage.shape[1] ** 0.5)
+        scale = self.stage * self.stage.shape[1] ** 0.5
+        base = torch.stack(levels, 1).repeat_interleave(2, 1) * scale
         mixed = base + self.attention1(base, base)
         mixed = mixed + self.attention2(mixed, base)
         tokens: torch.Tensor = self.out(mixed)
