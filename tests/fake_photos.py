@@ -17,7 +17,7 @@ __all__ = ["ONE", "PRESET", "TWO", "ListedDetector", "Pixels", "face_at", "key_o
 
 Pixels = NDArray[np.uint8]
 
-PRESET = replace(PRESETS["fast"].with_(steps=4), recovery=Inversion("o-belm", 3))
+PRESET = replace(PRESETS["fast"].with_(steps=4, strength=0.6), recovery=Inversion("o-belm", 3))
 """Few steps, so that tests are quick, and the exact sampler."""
 
 

@@ -335,10 +335,10 @@ def detector() -> CenterFace:
 
 @pytest.fixture(scope="module")
 def astronaut() -> Pixels:
-    pytest.importorskip("skimage", reason="scikit-image carries the photo")
+    # Found, not imported: its own dependencies need not be there for a photo.
     spec = find_spec("skimage")
-    assert spec is not None
-    assert spec.origin is not None
+    if spec is None or spec.origin is None:
+        pytest.skip("scikit-image carries the photo")
     with Image.open(Path(spec.origin).parent / "data" / "astronaut.png") as image:
         return np.asarray(image.convert("RGB"))
 
