@@ -72,10 +72,11 @@ def main() -> None:
     recognizer = FaceRecognizer(embedding=weights["head.weight"].shape[0])
     recognizer.load_state_dict(weights)
     diffusion = Diffusion()
-    if (args.work / "diffusion.pt").exists():
-        diffusion.load_state_dict(load("diffusion.pt"))
-    else:
-        diffusion.load_state_dict(load("diffusion.ckpt")["average"])
+    # Whichever is newer: a finished network, or the checkpoint of training that went on from it.
+    files = [p for p in args.work.glob("diffusion.*") if p.suffix in {".pt", ".ckpt"}]
+    newest = max(files, key=lambda p: p.stat().st_mtime)
+    state = load(newest.name)
+    diffusion.load_state_dict(state["average"] if newest.suffix == ".ckpt" else state)
 
     write_part(args.out / "autoencoder", vae)
     write_part(args.out / "recognizer", recognizer)
