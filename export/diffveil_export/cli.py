@@ -36,8 +36,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--json", action="store_true", help="print the parity table as JSON lines")
     sd = parser.add_argument_group("Stable Diffusion sources")
-    sd.add_argument("--msi", type=Path, metavar="FILE", help="MSI weights")
-    sd.add_argument("--recognizer", type=Path, metavar="FILE", help="IR-SE50 weights")
+    sd.add_argument(
+        "--msi",
+        type=Path,
+        metavar="FILE",
+        help="MSI weights: safetensors, or the research release's embeddings.pt, which is read "
+        "without running anything in it",
+    )
+    sd.add_argument(
+        "--recognizer",
+        type=Path,
+        action="append",
+        metavar="FILE",
+        help="weights of IR-SE50, iresnet, InceptionResnetV1 or MobileFaceNet, or any ONNX file; "
+        "give it again for an ensemble, which transfers better to recognizers it has not seen",
+    )
+    sd.add_argument(
+        "--recognizer-input",
+        choices=("auto", "rgb-unit", "rgb-255", "bgr-unit", "bgr-255"),
+        default="auto",
+        help="channel order and range that the recognizers expect (default: what their family was "
+        "trained with, or what an ONNX graph's first operators tell)",
+    )
     sd.add_argument(
         "--vision", type=Path, metavar="DIR", help="CLIP vision tower (SOURCE/image_encoder)"
     )
@@ -97,6 +117,7 @@ def _load(args: argparse.Namespace) -> Components:
         recognizer=args.recognizer,
         vision=args.vision,
         msi_input=args.msi_input,
+        recognizer_input=args.recognizer_input,
     )
 
 

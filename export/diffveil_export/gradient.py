@@ -174,6 +174,91 @@ def _upsample_nearest_backward(
     return gradient.reshape(-1, input_size[1], h, high // h, w, wide // w).sum((3, 5))
 
 
+def _pair(values: list[int], default: list[int] | None = None) -> tuple[int, int]:
+    """Sizes for both dimensions; ATen writes equal ones once, and none for the default."""
+    values = values or default or [0]
+    return int(values[0]), int(values[-1])
+
+
+def _average_pool_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Any:
+    """Replaces `aten::avg_pool2d_backward`: that of a convolution with ones, over the counts."""
+    if x.ndim != 4:
+        return NotImplemented
+    k, p = _pair(kernel), _pair(padding)
+    s = _pair(stride, kernel)
+    if s[0] != s[1]:
+        return NotImplemented
+    size = (int(x.shape[2]), int(x.shape[3]))
+    counts = []
+    for axis in range(2):
+        starts = [i * s[axis] - p[axis] for i in range(int(gradient.shape[2 + axis]))]
+        ends = [min(start + k[axis], size[axis] + p[axis]) for start in starts]
+        if not count_include_pad:
+            starts = [max(start, 0) for start in starts]
+            ends = [min(end, size[axis]) for end in ends]
+        counts.append([end - start for start, end in zip(starts, ends, strict=True)])
+    if divisor is not None:
+        gradient = gradient / divisor
+    elif all(len(set(row)) == 1 for row in counts):
+        gradient = gradient / (counts[0][0] * counts[1][0])
+    else:
+        rows, columns = (torch.tensor(row, dtype=x.dtype, device=x.device) for row in counts)
+        gradient = gradient / (rows[:, None] * columns)
+    ones = torch.ones(int(x.shape[1]), 1, *k, dtype=x.dtype, device=x.device)
+    return conv_input_gradient(gradient, ones, size, s, p, int(x.shape[1]))
+
+
+def _max_pool_backward(
+    gradient: torch.Tensor,
+    x: torch.Tensor,
+    kernel: list[int],
+    stride: list[int],
+    padding: list[int],
+    dilation: list[int],
+    ceil_mode: bool,
+    indices: torch.Tensor,
+) -> Any:
+    """Replaces `aten::max_pool2d_with_indices_backward`, without the indices.
+
+    Every place of the window in turn takes the gradient of the windows whose maximum lies there,
+    and what is taken is gone: of equal numbers the first one in the window gets all, as in ATen.
+    """
+    if x.ndim != 4:
+        return NotImplemented
+    k, p, d = _pair(kernel), _pair(padding), _pair(dilation)
+    s = _pair(stride, kernel)
+    peak, _ = _aten.max_pool2d_with_indices(x, kernel, stride, padding, dilation, ceil_mode)
+    out = [int(n) for n in gradient.shape[2:]]
+    # The last window may end before the padded image does, or in ceil mode after it.
+    sizes = [
+        max((out[a] - 1) * s[a] + (k[a] - 1) * d[a] + 1, int(x.shape[2 + a]) + p[a])
+        for a in range(2)
+    ]
+    behind = [sizes[a] - int(x.shape[2 + a]) - p[a] for a in range(2)]
+    padded = _aten.constant_pad_nd(x, [p[1], behind[1], p[0], behind[0]], float("-inf"))
+    total = None
+    for i in range(k[0]):
+        for j in range(k[1]):
+            top, left = i * d[0], j * d[1]
+            bottom, right = top + (out[0] - 1) * s[0] + 1, left + (out[1] - 1) * s[1] + 1
+            hit = padded[:, :, top : bottom : s[0], left : right : s[1]] == peak
+            taken = torch.where(hit, gradient, torch.zeros_like(gradient))
+            gradient = gradient - taken
+            wide = _slice_backward(taken, [0, 0, out[0], sizes[1]], 3, left, right, s[1])
+            placed = _slice_backward(wide, [0, 0, *sizes], 2, top, bottom, s[0])
+            total = placed if total is None else total + placed
+    return _aten.constant_pad_nd(total, [-p[1], -behind[1], -p[0], -behind[0]])
+
+
 def _silu_backward(gradient: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """Replaces `aten::silu_backward`: y + σ − y·σ reuses y and σ of the forward pass."""
     sigmoid = x.sigmoid()
@@ -197,12 +282,12 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
                 _aten.hardtanh_backward,
                 _aten.hardswish_backward,
                 _aten.mish_backward,
+                _aten.softplus_backward,
                 _aten._softmax_backward_data,
                 _aten._prelu_kernel_backward,
                 _aten.select_backward,
                 _aten.embedding_dense_backward,
                 _aten.unfold_backward,
-                _aten.avg_pool2d_backward,
                 _aten.upsample_bilinear2d_backward,
                 _aten.linalg_vector_norm,
                 _aten.triu,
@@ -213,6 +298,8 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     table[_aten.slice_backward.default] = _slice_backward
     table[_aten.upsample_nearest2d_backward.default] = _upsample_nearest_backward
     table[_aten.silu_backward.default] = _silu_backward
+    table[_aten.avg_pool2d_backward.default] = _average_pool_backward
+    table[_aten.max_pool2d_with_indices_backward.default] = _max_pool_backward
     return table
 
 

@@ -135,6 +135,12 @@ class Run:
         print(f"step {self.step} {self.share:.0%} {figures}", flush=True)
 
 
+def mixed_precision(device: str) -> torch.autocast:
+    """bfloat16 autocast where the processor computes in it; where it would emulate, float32."""
+    native = device != "cpu" or torch.cpu._is_avx512_bf16_supported()
+    return torch.autocast(device, torch.bfloat16, enabled=native)
+
+
 def adamw(network: nn.Module, decay: float, beta: float = 0.9) -> torch.optim.Optimizer:
     """The optimizer of every script here; its learning rate is set at each step."""
     return torch.optim.AdamW(

@@ -25,6 +25,7 @@ from common import (
     batches,
     held_out,
     load_faces,
+    mixed_precision,
     psnr,
     save_checkpoint,
 )
@@ -36,7 +37,7 @@ def loss_of(
     network: FaceAutoencoder, image: torch.Tensor, kl_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The whole loss, and its L1 part alone."""
-    with torch.autocast(image.device.type, torch.bfloat16):
+    with mixed_precision(image.device.type):
         mean, logvar = network.posterior(image)
         output = network.decoder(mean + torch.randn_like(mean) * (0.5 * logvar).exp())
     error = output.float() - image

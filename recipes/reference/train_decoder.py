@@ -2,16 +2,18 @@
 
     python recipes/reference/train_decoder.py --work .work/reference --minutes 20
 
-Needs `autoencoder.pt`, `recognizer.pt` and the `latents.npy` that train_diffusion.py leaves. A
-decoder trained on pixel error alone averages eyes, teeth and hair into smears wherever the latent
-leaves a choice. Part of the latents is disturbed, as sampled ones are, so that the decoder turns
-small errors of the diffusion into plausible faces. Writes `decoder.pt`: the whole autoencoder, its
-encoder untouched.
+Needs `autoencoder.pt`, `recognizer.pt`, `diffusion.pt` and the `latents.npy` that
+train_diffusion.py leaves. A decoder trained on pixel error alone averages eyes, teeth and hair into
+smears wherever the latent leaves a choice. Part of the latents is what the diffusion model makes of
+them when it is given a little noise to remove, and the face to aim at is the photo all the same: so
+the decoder learns to turn that model's own errors into plausible faces. Writes `decoder.pt`: the
+whole autoencoder, its encoder untouched.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 import time
 from pathlib import Path
@@ -30,11 +32,12 @@ from common import (
     backward,
     held_out,
     load_faces,
+    mixed_precision,
     psnr,
     save_checkpoint,
     save_sheet,
 )
-from train_diffusion import crop, encode_all
+from train_diffusion import Diffusion, crop, encode_all, signal_levels
 
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.recognizer import FaceRecognizer
@@ -87,12 +90,27 @@ def recognizer_features(network: FaceRecognizer, image: torch.Tensor) -> list[to
     return features
 
 
-def disturb(latent: torch.Tensor) -> torch.Tensor:
-    """Half of the latents [B, C, s, s] as they are, half with noise of up to a quarter."""
-    shape = (len(latent), 1, 1, 1)
-    level = 0.25 * torch.rand(shape, device=latent.device)
-    chosen = torch.rand(shape, device=latent.device) < 0.5
-    return latent + level * chosen * torch.randn_like(latent)
+@torch.no_grad()
+def retell(network: Diffusion, latent: torch.Tensor, top: int, steps: int = 3) -> torch.Tensor:
+    """Latents [B, C, s, s] noised to a timestep of up to `top` and denoised again, unconditioned.
+
+    Each has its own timestep: small ones leave the face as it is, larger ones the diffusion
+    model's typical errors.
+    """
+    levels = signal_levels().to(latent.device)
+    first = torch.rand(len(latent), device=latent.device) * (top - 50) + 50
+    empty = network.conditioner.unconditional().expand(len(latent), -1, -1)
+    x = clean = epsilon = latent
+    for index in range(steps):
+        t = (first * (1 - index / steps)).long()
+        level = levels[t].view(-1, 1, 1, 1)
+        if index == 0:
+            x = level.sqrt() * x + (1 - level).sqrt() * torch.randn_like(x)
+        else:
+            x = level.sqrt() * clean + (1 - level).sqrt() * epsilon
+        epsilon = network.unet(x, t, empty, return_dict=False)[0]
+        clean = (x - (1 - level).sqrt() * epsilon) / level.sqrt()
+    return clean
 
 
 def main() -> None:
@@ -103,6 +121,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--adversarial", type=float, default=0.02)
     parser.add_argument("--perceptual", type=float, default=0.15)
+    parser.add_argument("--top", type=int, default=450, help="highest timestep of retold latents")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = args.device
@@ -119,7 +138,10 @@ def main() -> None:
         recognizer.fuse().requires_grad_(False).to(device, memory_format=torch.channels_last)
     )
 
+    diffusion = Diffusion().to(device).eval().requires_grad_(False)
+    diffusion.load_state_dict(torch.load(args.work / "diffusion.pt", weights_only=True))
     critic = Critic().to(device, memory_format=torch.channels_last)
+    vae_before = copy.deepcopy(vae).eval().requires_grad_(False)
     average = Average(vae, 0.998)
     decoder_optimizer = adamw(vae.decoder, 1e-3, beta=0.5)
     critic_optimizer = adamw(critic, 1e-3, beta=0.5)
@@ -137,19 +159,26 @@ def main() -> None:
 
     def save() -> None:
         with torch.no_grad():
-            output = average.network.decode(average.network.encode(probe))
+            latent = average.network.encode(probe)
+            output = average.network.decode(latent)
+            retold = retell(diffusion, latent[:10], args.top)
+            rows = [probe[:10], output[:10], vae_before.decode(retold)]
+            rows.append(average.network.decode(retold))
         print(f"held-out PSNR {psnr(output, probe):.2f} dB", flush=True)
-        save_sheet(args.work / "decoder.png", [probe[:10], output[:10]])
+        save_sheet(args.work / "decoder.png", rows)
         run.save()
         save_checkpoint(args.work / "decoder.pt", average.network.state_dict())
 
     while run.begin_step(decoder_optimizer, critic_optimizer):
-        rows = np.sort(rng.choice(len(faces), args.batch, replace=False))
+        rows = rng.choice(len(faces), args.batch, replace=False)
         flips = rng.integers(0, 2, args.batch)
         image = crop(faces, rows, flips, offsets).to(device, memory_format=torch.channels_last)
-        latent = disturb(torch.from_numpy(latents[rows, flips]).float().to(device))
+        latent = torch.from_numpy(latents[rows, flips]).float().to(device)
+        half = args.batch // 2
+        with mixed_precision(device):
+            latent = torch.cat([latent[:half], retell(diffusion, latent[half:], args.top).float()])
 
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             output = vae.decode(latent.to(memory_format=torch.channels_last)).float()
             scores, fake = critic(output)
             with torch.no_grad():
@@ -170,7 +199,7 @@ def main() -> None:
         backward(loss, decoder_optimizer, vae.decoder)
         average.update(vae, run.step)
 
-        with torch.autocast(device, torch.bfloat16):
+        with mixed_precision(device):
             real_scores, _ = critic(image)
             fake_scores, _ = critic(output.detach())
         hinge = torch.stack([F.relu(1 - s.float()).mean() for s in real_scores]).sum()

@@ -29,6 +29,7 @@ from common import (
     backward,
     held_out,
     load_faces,
+    mixed_precision,
     save_checkpoint,
     save_sheet,
     to_unit,
@@ -49,6 +50,10 @@ UNET = {
     # Attention at 8² and 4² only: at 16² it would cost more than all convolutions together.
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    # The conditioning also joins the timestep embedding, pooled, as in diffusion autoencoders: by
+    # cross-attention alone so small a network does not learn to listen to it in reasonable time.
+    "addition_embed_type": "text",
+    "addition_embed_type_num_heads": 4,
 }
 JITTER = 2  # pixels of misalignment that detectors leave
 
@@ -74,8 +79,17 @@ class Diffusion(nn.Module):
         self, noisy: torch.Tensor, t: torch.Tensor, image: torch.Tensor, drop: torch.Tensor
     ) -> torch.Tensor:
         """ε of noisy latents [B, 8, 16, 16] at t [B]; faces with `drop` [B] go unconditioned."""
+        return self.predict(noisy, t, self.stage_tokens(t, image), drop)
+
+    def stage_tokens(self, t: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+        """Each image's token [B, 256] of the stage that its timestep t [B] belongs to."""
         tokens = self.conditioner.embed(image)
-        token = tokens[torch.arange(len(t)), t * 10 // 1000]
+        return tokens[torch.arange(len(t)), t * 10 // 1000]
+
+    def predict(
+        self, noisy: torch.Tensor, t: torch.Tensor, token: torch.Tensor, drop: torch.Tensor
+    ) -> torch.Tensor:
+        """ε of noisy latents [B, 8, 16, 16] at t [B], given tokens [B, 256]."""
         token = torch.where(drop[:, None], self.conditioner.empty.to(token.dtype), token)
         epsilon: torch.Tensor = self.unet(
             noisy, t, self.conditioner.expand(token), return_dict=False
@@ -103,7 +117,7 @@ def encode_all(
     path = work / "latents.npy"
     if not path.exists():
         latents = np.empty((len(faces), 2, 8, 16, 16), np.float16)
-        with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+        with torch.no_grad(), mixed_precision(device):
             for flip in (0, 1):
                 for start in range(0, len(faces), 64):
                     rows = np.arange(start, min(start + 64, len(faces)))
@@ -155,6 +169,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=70)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--rate", type=float, default=6e-4)
+    parser.add_argument("--guess", type=float, default=0.05, help="weight of the tokens' own loss")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
@@ -171,11 +186,19 @@ def main() -> None:
 
     network = Diffusion().to(device, memory_format=torch.channels_last)
     average = Average(network, 0.9992)
-    optimizer = adamw(network, 1e-2)
-    parts = {"network": network, "average": average.network, "optimizer": optimizer}
+    # For training only: a token from which the latent can be guessed is worth attending to.
+    guesser = nn.Linear(network.conditioner.config["width"], latents[0, 0].size).to(device)
+    trained = nn.ModuleList([network, guesser])
+    optimizer = adamw(trained, 1e-2)
+    parts = {
+        "network": network,
+        "guesser": guesser,
+        "average": average.network,
+        "optimizer": optimizer,
+    }
     clock = Clock(args.minutes, args.rate, floor=1e-5)
     run = Run(args.work / "diffusion.ckpt", parts, clock)
-    predict = torch.compile(network) if args.compile else network
+    predict = torch.compile(network.predict) if args.compile else network.predict
     probe = held_out(args.work, 35, 12).to(device)
 
     def save() -> None:
@@ -186,7 +209,7 @@ def main() -> None:
             rows.append(resample(average.network, vae, probe, strength, steps))
         save_sheet(args.work / f"samples-{run.step:06d}.png", rows)
 
-    total, seen = 0.0, 0
+    total, total_guess, seen = 0.0, 0.0, 0
     order: list[int] = []
     while run.begin_step(optimizer):
         if len(order) < args.batch:
@@ -206,19 +229,22 @@ def main() -> None:
         a = levels[t].view(-1, 1, 1, 1)
         noise = torch.randn_like(latent)
         noisy = a.sqrt() * latent + (1 - a).sqrt() * noise
-        with torch.autocast(device, torch.bfloat16):
-            epsilon = predict(noisy, t, image, drop)
+        with mixed_precision(device):
+            token = network.stage_tokens(t, image)
+            epsilon = predict(noisy, t, token, drop)
+            guess = guesser(token).view_as(latent)
         # Min-SNR weighting (Hang et al. 2023, γ = 5): fine noise must not drown out structure.
         snr = a / (1 - a)
         error = (epsilon.float() - noise).square() * weight
-        loss = (error * (5 / snr).clamp(max=1)).mean()
-        backward(loss, optimizer, network)
+        guessed = ((guess.float() - latent).square() * weight).mean()
+        loss = (error * (5 / snr).clamp(max=1)).mean() + args.guess * guessed
+        backward(loss, optimizer, trained)
         average.update(network, run.step)
         run.step += 1
-        total, seen = total + loss.item(), seen + 1
+        total, total_guess, seen = total + loss.item(), total_guess + guessed.item(), seen + 1
         if run.step % 100 == 0:
-            run.log(loss=total / seen, minutes=clock.spent / 60)
-            total, seen = 0.0, 0
+            run.log(loss=total / seen, guess=total_guess / seen, minutes=clock.spent / 60)
+            total, total_guess, seen = 0.0, 0.0, 0
         if run.step % 500 == 0:
             save()
     save()

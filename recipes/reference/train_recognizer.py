@@ -28,6 +28,7 @@ from common import (
     adamw,
     backward,
     load_faces,
+    mixed_precision,
     save_checkpoint,
     to_unit,
 )
@@ -43,7 +44,7 @@ def teacher_targets(faces: np.ndarray, teacher: Path, work: Path, device: str) -
     network = torch.jit.freeze(torch.jit.load(teacher, map_location=device).eval())
     rows = []
     started = time.monotonic()
-    with torch.no_grad(), torch.autocast(device, torch.bfloat16):
+    with torch.no_grad(), mixed_precision(device):
         for start in range(0, len(faces), 128):
             crop = torch.from_numpy(faces[start : start + 128, 24:136, 24:136].copy())
             image = crop.permute(0, 3, 1, 2).float().to(device, memory_format=torch.channels_last)
@@ -115,7 +116,7 @@ def main() -> None:
         rows = np.sort([order.pop() for _ in range(args.batch)])
         image = augment(to_unit(faces[rows]).to(args.device), generator)
         target = targets[rows].to(args.device)
-        with torch.autocast(args.device, torch.bfloat16):
+        with mixed_precision(args.device):
             output = network(image)
         output = output.float()
         point = (1 - (output * target).sum(1)).mean()

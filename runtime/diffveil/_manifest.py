@@ -18,6 +18,7 @@ from diffveil.schedule import NoiseSchedule
 __all__ = [
     "FORMAT",
     "VERSION",
+    "Cost",
     "FileEntry",
     "Manifest",
     "ParityEntry",
@@ -66,6 +67,9 @@ class ParityEntry:
         max_abs: Largest absolute difference.
         max_rel: Largest absolute difference over the largest absolute reference value.
         psnr: Peak signal to noise ratio in dB; None where both agree bit for bit.
+        cosine: Cosine of the two outputs as vectors, the smallest of all faces; None if not taken.
+        norm_ratio: Norm of the output over that of the reference, the farthest from one of all
+            faces; None if not taken.
     """
 
     output: str
@@ -73,17 +77,50 @@ class ParityEntry:
     max_abs: float
     max_rel: float
     psnr: float | None
+    cosine: float | None = None
+    norm_ratio: float | None = None
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one call of a program takes, counted on its graph with a batch of one.
+
+    Attributes:
+        flops: Floating-point operations; a multiply-add counts as two.
+        weight_bytes: Bytes of constants, in the types they are computed with.
+        activation_bytes: Bytes that all nodes write.
+    """
+
+    flops: int
+    weight_bytes: int
+    activation_bytes: int
 
 
 @dataclass(frozen=True)
 class ProgramEntry:
-    """A program: its ONNX file, the weight files that it refers to, its tensors and parity."""
+    """A program: its ONNX file, the weight files that it refers to, its tensors and parity.
+
+    Attributes:
+        file: The ONNX file.
+        data: Names of the weight files.
+        inputs: Graph inputs.
+        outputs: Graph outputs.
+        parity: Comparisons with PyTorch at export.
+        precision: Type that the program computes in, "float32", "float16" or "bfloat16"; parts
+            that need it compute in float32 in any case.
+        loss_scale: Factor by which `guide` multiplies its energy before the way back, and divides
+            the gradient after it; None for other programs.
+        cost: Operations and bytes; None where the exporter did not count them.
+    """
 
     file: FileEntry
     data: tuple[str, ...]
     inputs: tuple[TensorEntry, ...]
     outputs: tuple[TensorEntry, ...]
     parity: tuple[ParityEntry, ...]
+    precision: str = "float32"
+    loss_scale: float | None = None
+    cost: Cost | None = None
 
 
 @dataclass(frozen=True)
@@ -130,13 +167,21 @@ class _Reader:
     def wrong(self, path: str, expected: str) -> None:
         self.problems.append(f"{path}: expected {expected}")
 
-    def object(self, value: Any, path: str, known: tuple[str, ...] | None) -> dict[str, Any]:
+    def object(
+        self,
+        value: Any,
+        path: str,
+        known: tuple[str, ...] | None,
+        optional: tuple[str, ...] = (),
+    ) -> dict[str, Any]:
         if not isinstance(value, dict):
             self.wrong(path, "an object")
             return {}
         if known is not None:
             where = "" if path == "manifest" else f"{path}."
-            self.problems += [f"{where}{k}: unknown field" for k in value if k not in known]
+            self.problems += [
+                f"{where}{k}: unknown field" for k in value if k not in known + optional
+            ]
             self.problems += [f"{where}{k}: missing" for k in known if k not in value]
         return value
 
@@ -191,7 +236,12 @@ class _Reader:
         self, value: Any, path: str, spec: ProgramSpec, dimensions: Dimensions
     ) -> ProgramEntry:
         known = ("file", "sha256", "bytes", "data", "inputs", "outputs", "parity")
-        fields = self.object(value, path, known)
+        fields = self.object(value, path, known, ("precision", "loss_scale", "cost"))
+        precision = fields.get("precision", "float32")
+        if precision not in _PRECISIONS:
+            self.wrong(f"{path}.precision", " or ".join(_PRECISIONS))
+        scale = fields.get("loss_scale")
+        cost = fields.get("cost")
         names = self.array(fields.get("data"), f"{path}.data", 16)
         rows = self.array(fields.get("parity"), f"{path}.parity", 100)
         return ProgramEntry(
@@ -202,7 +252,17 @@ class _Reader:
                 fields.get("outputs"), f"{path}.outputs", spec.outputs, dimensions
             ),
             parity=tuple(self._parity(r, f"{path}.parity[{i}]") for i, r in enumerate(rows)),
+            precision=str(precision),
+            loss_scale=(
+                None if scale is None else self.number(scale, f"{path}.loss_scale", 1e-12, 1e12)
+            ),
+            cost=None if cost is None else self._cost(cost, f"{path}.cost"),
         )
+
+    def _cost(self, value: Any, path: str) -> Cost:
+        names = ("flops", "weight_bytes", "activation_bytes")
+        fields = self.object(value, path, names)
+        return Cost(*(self.integer(fields.get(n), f"{path}.{n}", 1 << 60, 0) for n in names))
 
     def _tensors(
         self, value: Any, path: str, specs: tuple[TensorSpec, ...], dimensions: Dimensions
@@ -227,14 +287,21 @@ class _Reader:
         return tuple(entries)
 
     def _parity(self, value: Any, path: str) -> ParityEntry:
-        fields = self.object(value, path, ("output", "batch", "max_abs", "max_rel", "psnr"))
-        psnr = fields.get("psnr")
+        known = ("output", "batch", "max_abs", "max_rel", "psnr")
+        fields = self.object(value, path, known, ("cosine", "norm_ratio"))
+
+        def maybe(name: str, low: float, high: float) -> float | None:
+            given = fields.get(name)
+            return None if given is None else self.number(given, f"{path}.{name}", low, high)
+
         return ParityEntry(
             output=self.text(fields.get("output"), f"{path}.output"),
             batch=self.integer(fields.get("batch"), f"{path}.batch", 1 << 16),
             max_abs=self.number(fields.get("max_abs"), f"{path}.max_abs", 0.0, 1e30),
             max_rel=self.number(fields.get("max_rel"), f"{path}.max_rel", 0.0, 1e30),
-            psnr=None if psnr is None else self.number(psnr, f"{path}.psnr", -1e3, 1e4),
+            psnr=maybe("psnr", -1e3, 1e4),
+            cosine=maybe("cosine", -1.001, 1.001),
+            norm_ratio=maybe("norm_ratio", 0.0, 1e30),
         )
 
 

@@ -3,14 +3,14 @@
 MODEL/vae, MODEL/unet            diffusers AutoencoderKL and UNet2DConditionModel
 MODEL/text_encoder, tokenizer    transformers CLIPTextModel, and the tokenizer's vocab.json
 MODEL/image_encoder              transformers CLIPVisionModel (another folder may be named)
---msi                            MSI weights, safetensors
---recognizer                     IR-SE50 weights, safetensors or a plain PyTorch state dict
+--msi                            MSI weights, safetensors or as the research release pickled them
+--recognizer                     one or more recognizers, see `diffveil_export.models.recognizers`
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,16 @@ from diffveil.schedule import NoiseSchedule
 from diffveil_export.components import Components, arcface_template, measure_dimensions
 from diffveil_export.models._unet import DiffusersUNet
 from diffveil_export.models.clip import MSIInput, TextExpander, VisionEmbedder
-from diffveil_export.models.irse50 import IRSE50
 from diffveil_export.models.msi import msi_from_state
+from diffveil_export.models.recognizers import load_recognizer
 from diffveil_export.resize import LinearResize, bilinear, crop, pool, separable_matrix
+from diffveil_export.sources.msi_weights import read_msi
 
 __all__ = [
     "CroppedRecognizer",
     "assemble",
     "is_stable_diffusion_folder",
     "load_stable_diffusion",
-    "read_state",
 ]
 
 _PARTS = ("vae", "unet", "text_encoder", "tokenizer")
@@ -171,18 +171,20 @@ def load_stable_diffusion(
     folder: Path,
     *,
     msi: Path,
-    recognizer: Path,
+    recognizer: Path | Sequence[Path],
     vision: Path | None = None,
     msi_input: MSIInput = "rgb",
+    recognizer_input: str = "auto",
 ) -> Components:
     """Load a model of the Stable Diffusion 1.x family.
 
     Args:
         folder: The diffusers folder.
         msi: MSI weights.
-        recognizer: IR-SE50 weights.
+        recognizer: A recognizer's file, or several: an ensemble.
         vision: CLIP vision tower; by default `image_encoder` in `folder`.
         msi_input: See `VisionEmbedder`.
+        recognizer_input: `input_format` of `load_recognizer`.
 
     Raises:
         OptionError: Parts or tensors are missing, unexpected or do not fit; all are named.
@@ -196,10 +198,12 @@ def load_stable_diffusion(
     text_class: Any = transformers.CLIPTextModel
     vision_class: Any = transformers.CLIPVisionModel
     vision = vision or folder / "image_encoder"
-    wanted = [*(folder / part for part in _PARTS), vision, msi, recognizer]
+    recognizers = [recognizer] if isinstance(recognizer, Path) else list(recognizer)
+    wanted = [*(folder / part for part in _PARTS), vision, msi, *recognizers]
     missing = [str(path) for path in wanted if not path.exists()]
     if missing:
         raise OptionError(f"missing for a Stable Diffusion export: {', '.join(missing)}")
+    loaded = load_recognizer(recognizers, input_format=recognizer_input)
     local = {"local_files_only": True, "torch_dtype": torch.float32}
     return assemble(
         name=folder.name,
@@ -208,53 +212,12 @@ def load_stable_diffusion(
         text=text_class.from_pretrained(folder / "text_encoder", local_files_only=True).float(),
         vision=vision_class.from_pretrained(vision, local_files_only=True).float(),
         vocabulary=json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")),
-        msi_state=read_state(msi),
-        recognizer=_load_recognizer(recognizer),
+        msi_state=read_msi(msi),
+        recognizer=loaded.module,
         msi_input=msi_input,
         schedule=_schedule(folder / "scheduler" / "scheduler_config.json"),
+        provenance=loaded.provenance,
     )
-
-
-def read_state(file: Path) -> dict[str, torch.Tensor]:
-    """Tensors by name from a safetensors file or a plain PyTorch state dict.
-
-    Nothing in the file is executed: PyTorch files are read with `weights_only`.
-
-    Raises:
-        OptionError: The file is neither.
-    """
-    if file.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(file)
-        except SafetensorError as error:
-            raise OptionError(f"'{file}' is not a safetensors file: {error}") from error
-    try:
-        state = torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # UnpicklingError is pickle's own class, and not the only one
-        raise OptionError(
-            f"'{file}' is not a plain state dict of tensors; convert it to safetensors"
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise OptionError(f"'{file}' holds something else than tensors by name")
-    return state
-
-
-def _load_recognizer(file: Path) -> IRSE50:
-    state = read_state(file)
-    model = IRSE50()
-    result = model.load_state_dict(
-        {k: v for k, v in state.items() if not k.endswith("num_batches_tracked")}, strict=False
-    )
-    problems = [
-        f"missing {n}" for n in result.missing_keys if not n.endswith("num_batches_tracked")
-    ]
-    problems += [f"unexpected {n}" for n in result.unexpected_keys]
-    if problems:
-        raise OptionError(f"'{file}' is not IR-SE50: {', '.join(problems[:20])}")
-    return model.eval()
 
 
 def _prompts(vocabulary: Mapping[str, int], length: int) -> tuple[torch.Tensor, torch.Tensor]:

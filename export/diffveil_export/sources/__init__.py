@@ -1,0 +1,1 @@
+"""What weights come in: pickles, single files, adapters and hubs, all read without running."""
