@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 from diffveil._version import __version__
+from diffveil.cli import build as _build
 from diffveil.cli.exits import ExitCode, exit_code_of
 
 __all__ = ["build_parser", "main"]
@@ -77,6 +78,7 @@ example:
 example:
   diffveil export stable-diffusion/ -o my-bundle/ --msi msi.pt --recognizer irse50.pt
 """,
+    "build": _build.EXAMPLES,
 }
 
 
@@ -155,6 +157,10 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         from diffveil.cli.export import exporter
 
         exporter().add_arguments(export)
+
+    _build.add_arguments(
+        add("build", "build", "compile a bundle's programs into engines for GPUs (extra: export)")
+    )
     return parser
 
 
