@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from diffveil.programs import STAGES, Dimensions
 from diffveil.schedule import NoiseSchedule
@@ -175,6 +176,8 @@ def measure_dimensions(
 ) -> Dimensions:
     """Find the sizes of all axes by running every network but the diffusion model once.
 
+    Nothing is computed: tensors are fakes, so a full-size model takes no longer than a small one.
+
     Args:
         image_size: Side S of a crop in pixels.
         autoencoder: As in `Components`, and the other networks too, in evaluation mode.
@@ -185,12 +188,13 @@ def measure_dimensions(
     Raises:
         ValueError: A network returns a tensor whose shape cannot be what its program returns.
     """
-    image = torch.zeros(1, 3, image_size, image_size)
-    latent = autoencoder.encode(image)
-    tokens = embedder(image)
-    conditioning = expander(tokens[:, 0])
-    embedding = recognizer(image)
-    decoded = autoencoder.decode(latent)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        image = torch.zeros(1, 3, image_size, image_size)
+        latent = autoencoder.encode(image)
+        tokens = embedder(image)
+        conditioning = expander(tokens[:, 0])
+        embedding = recognizer(image)
+        decoded = autoencoder.decode(latent)
     shapes = {
         "latent": (latent.ndim == 4 and latent.shape[2] == latent.shape[3], latent),
         "tokens": (tokens.ndim == 3 and tokens.shape[1] == STAGES, tokens),

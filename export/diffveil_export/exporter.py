@@ -19,8 +19,11 @@ from diffveil.programs import DYNAMIC_AXES, PROGRAMS, ProgramSpec
 from diffveil_export.bundle_writer import staged_folder, write_manifest
 from diffveil_export.components import Components
 from diffveil_export.gradient import trace_gradient
-from diffveil_export.lower import lower
+from diffveil_export.lower import BFLOAT16_OPSET, OPSET, lower
 from diffveil_export.models.embedded import write_source
+from diffveil_export.passes.fold_weights import FoldWeights
+from diffveil_export.passes.widen_bfloat16 import WidenBFloat16
+from diffveil_export.precision import InPrecision, Precision, choose_loss_scale, float_dtype
 from diffveil_export.storage import (
     WEIGHT_STORAGES,
     DataFile,
@@ -57,11 +60,21 @@ class ExportResult:
     parity: tuple[OutputParity, ...]
 
 
+@dataclass(frozen=True)
+class _Exported:
+    """A program that lies in the folder, and how it computes."""
+
+    spec: ProgramSpec
+    precision: Precision
+    loss_scale: float | None
+
+
 def export_bundle(
     components: Components,
     target: str | Path,
     *,
-    weights: WeightStorage = "int8",
+    weights: WeightStorage | None = None,
+    precision: Precision = "float32",
     force: bool = False,
     progress: Callable[[str], None] | None = None,
 ) -> ExportResult:
@@ -70,30 +83,37 @@ def export_bundle(
     Args:
         components: The model, in float32. Its weights are rounded in place to `weights`.
         target: Folder to create.
-        weights: How weights are stored; arithmetic is float32 in any case.
+        weights: How weights are stored. By default int8 for float32 arithmetic; with 16-bit
+            arithmetic they are stored as they are computed with, and nothing else is allowed.
+        precision: Type of the arithmetic; see `diffveil_export.precision`.
         force: Replace a bundle that is already there.
         progress: Told, in words, what begins.
 
     Raises:
-        OptionError: `target` exists, or an option is unknown.
+        OptionError: `target` exists, or an option is unknown or does not fit another.
         ParityError: A program does not compute what PyTorch computes; nothing is left behind.
     """
-    if weights not in WEIGHT_STORAGES:
-        raise OptionError(f"weights: received '{weights}', expected one of {WEIGHT_STORAGES}")
+    storage = _storage(weights, precision)
     say = progress or _log.info
     with staged_folder(Path(target), force=force) as folder:
         for module in components.modules().values():
-            round_weights(module, weights)
+            round_weights(module, storage)
         constants = {"unconditional": components.unconditional.contiguous()}
         (folder / CONSTANTS_FILE).write_bytes(save(constants))
 
         store = DataFile(folder / WEIGHTS_FILE)
+        exported = []
         for spec in PROGRAMS.values():
             say(f"exporting {spec.name}")
-            model = _lower(components, spec)
-            shrink_initializers(model, weights)
+            scale = _loss_scale(components, precision) if spec.name == "guide" else None
+            model = _lower(components, spec, precision, scale)
+            if precision == "float32":
+                shrink_initializers(model, storage)
+            else:
+                FoldWeights()(model)
             store.absorb(model)
             ir.save(model, folder / f"{spec.name}.onnx")
+            exported.append(_Exported(spec, precision, scale))
         write_source(folder, components, store)
         if components.card:
             (folder / MODEL_CARD_FILE).write_text(components.card, encoding="utf-8")
@@ -101,7 +121,7 @@ def export_bundle(
 
         data = {name: [WEIGHTS_FILE] for name in PROGRAMS}
         provenance = {
-            "weights_stored": weights,
+            "weights_stored": storage if precision == "float32" else precision,
             "exporter": f"torch {torch.__version__}, onnx_ir {ir.__version__}",
         }
         write_manifest(folder, components, data=data, parity={}, provenance=provenance)
@@ -115,16 +135,53 @@ def export_bundle(
     return ExportResult(Bundle.load(target), rows)
 
 
-def _lower(components: Components, spec: ProgramSpec) -> ir.Model:
+def _storage(weights: WeightStorage | None, precision: Precision) -> WeightStorage:
+    """How the networks' weights are rounded before anything is exported."""
+    float_dtype(precision)
+    if weights is not None and weights not in WEIGHT_STORAGES:
+        raise OptionError(f"weights: received '{weights}', expected one of {WEIGHT_STORAGES}")
+    if precision == "float32":
+        return weights or "int8"
+    if weights not in (None, precision):
+        raise OptionError(
+            f"weights: received '{weights}', but in {precision} weights are stored as they are "
+            f"computed with: leave the option out, or export in float32"
+        )
+    # bfloat16 keeps float32's range: the program's own casts round it, and parity counts that.
+    return "float16" if precision == "float16" else "float32"
+
+
+def _loss_scale(components: Components, precision: Precision) -> float | None:
+    """The factor that keeps float16 gradients alive; other types need none."""
+    if precision != "float16":
+        return None
+    spec = PROGRAMS["guide"]
+    generator = torch.Generator().manual_seed(_EXAMPLE_SEED)
+    inputs = random_inputs(spec, components.dimensions, 1, generator)
+    parts = components.modules()
+    return choose_loss_scale(
+        wrap(components, "guide"), inputs, [parts["autoencoder"], parts["recognizer"]]
+    )
+
+
+def _lower(
+    components: Components, spec: ProgramSpec, precision: Precision, loss_scale: float | None
+) -> ir.Model:
     generator = torch.Generator().manual_seed(_EXAMPLE_SEED)
     inputs = random_inputs(spec, components.dimensions, 2, generator)
-    module: nn.Module = wrap(components, spec.name)
+    opset = BFLOAT16_OPSET if precision == "bfloat16" else OPSET
     if spec.name == "guide":
         batch = tuple(
             tuple(i for i, axis in enumerate(t.axes) if axis in DYNAMIC_AXES) for t in spec.inputs
         )
-        module = trace_gradient(module, inputs, batch)
-    return lower(module, spec, inputs)
+        guide = Guide(
+            components.autoencoder, components.recognizer, precision, loss_scale or 1.0
+        ).eval()
+        return lower(trace_gradient(guide, inputs, batch), spec, inputs, opset=opset)
+    module = wrap(components, spec.name)
+    if precision != "float32":
+        module = InPrecision(module, precision)
+    return lower(module, spec, inputs, opset=opset)
 
 
 def _verify(components: Components, folder: Path) -> dict[str, tuple[OutputParity, ...]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import onnx_ir as ir
 import torch
@@ -14,19 +16,29 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffveil.programs import DYNAMIC_AXES, ProgramSpec
 
-__all__ = ["OPSET", "lower"]
+__all__ = ["BFLOAT16_OPSET", "OPSET", "lower"]
 
 OPSET = 20
-"""ONNX operator set of every program: the newest that ONNX Runtime 1.20 and TensorRT 10.3 read."""
+"""ONNX operator set of programs: the newest that ONNX Runtime 1.20 and TensorRT 10.3 read."""
+
+BFLOAT16_OPSET = 22
+"""Operator set of programs in bfloat16: the first in which convolutions may be of this type."""
 
 
-def lower(module: nn.Module, spec: ProgramSpec, inputs: tuple[torch.Tensor, ...]) -> ir.Model:
+def lower(
+    module: nn.Module,
+    spec: ProgramSpec,
+    inputs: tuple[torch.Tensor, ...],
+    *,
+    opset: int = OPSET,
+) -> ir.Model:
     """Export `module` as the program `spec`.
 
     Args:
         module: Takes and returns what `spec` declares, in order; evaluation mode, frozen weights.
         spec: Names inputs and outputs, and which axes are dynamic.
         inputs: Example inputs with a batch of at least two.
+        opset: ONNX operator set.
 
     Returns:
         A model whose graph inputs and outputs are named as in `spec`; weights in memory.
@@ -35,14 +47,20 @@ def lower(module: nn.Module, spec: ProgramSpec, inputs: tuple[torch.Tensor, ...]
         {i: torch.export.Dim.DYNAMIC for i, axis in enumerate(tensor.axes) if axis in DYNAMIC_AXES}
         for tensor in spec.inputs
     )
+    # `*inputs` is one argument, a tuple.
+    parameters = inspect.signature(module.forward).parameters.values()
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        shapes: Any = (dynamic,)
+    else:
+        shapes = dynamic
     # The fused attention operator has no gradient that could be lowered and no advantage here:
     # engines recognise the plain formula.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), _quiet():
-        exported = torch.export.export(module, inputs, dynamic_shapes=dynamic, strict=False)
+        exported = torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
         program = torch.onnx.export(
             exported,
             dynamo=True,
-            opset_version=OPSET,
+            opset_version=opset,
             input_names=[t.name for t in spec.inputs],
             output_names=[t.name for t in spec.outputs],
             optimize=True,

@@ -7,6 +7,7 @@ from torch import nn
 
 from diffveil_export.components import Autoencoder, Recognizer
 from diffveil_export.energy import identity_energy
+from diffveil_export.precision import Precision, arithmetic
 
 __all__ = ["Guide"]
 
@@ -14,13 +15,29 @@ __all__ = ["Guide"]
 class Guide(nn.Module):
     """x0, anchor, repel, attract, sibling → gradient, energy, embedding.
 
-    The gradient is that of the summed energy by x0, through decoder and recognizer.
+    The gradient is that of the summed energy by x0, through decoder and recognizer. Inputs, outputs
+    and the energy are float32 whatever the precision of the networks.
+
+    Args:
+        autoencoder: Decodes x0.
+        recognizer: Embeds the decoded photo.
+        precision: Arithmetic of both.
+        loss_scale: Multiplies the energy before, and divides the gradient after the backward pass,
+            so that 16-bit gradients do not vanish.
     """
 
-    def __init__(self, autoencoder: Autoencoder, recognizer: Recognizer) -> None:
+    def __init__(
+        self,
+        autoencoder: Autoencoder,
+        recognizer: Recognizer,
+        precision: Precision = "float32",
+        loss_scale: float = 1.0,
+    ) -> None:
         super().__init__()
         self.autoencoder = autoencoder
         self.recognizer = recognizer
+        self.precision: Precision = precision
+        self.loss_scale = loss_scale
 
     def forward(
         self,
@@ -33,7 +50,11 @@ class Guide(nn.Module):
         """Energy and gradient of predicted clean latents x0 [B, C, s, s]."""
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_(True)
-            embedding = self.recognizer(self.autoencoder.decode(x0))
+            with arithmetic(self.precision):
+                embedding = self.recognizer(self.autoencoder.decode(x0)).to(x0.dtype)
             energy = identity_energy(embedding, anchor, repel, attract, sibling)
-            (gradient,) = torch.autograd.grad(energy.sum(), x0)
+            total = energy.sum() if self.loss_scale == 1 else energy.sum() * self.loss_scale
+            (gradient,) = torch.autograd.grad(total, x0)
+        if self.loss_scale != 1:
+            gradient = gradient * (1 / self.loss_scale)  # a power of two: exact
         return gradient, energy.detach(), embedding.detach()
