@@ -58,6 +58,7 @@ def test_the_verbs_take_what_the_readme_promises() -> None:
         "backend",
         "detector",
         "threads",
+        "verify",
     ]
     assert list(inspect.signature(diffveil.Protector.recover).parameters)[:3] == [
         "self",

@@ -10,19 +10,51 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from diffveil._manifest import FORMAT, VERSION, ParityEntry
+from diffveil._manifest import FORMAT, VERSION, Cost, ParityEntry
 from diffveil.bundle import MANIFEST_FILE
 from diffveil.errors import OptionError
 from diffveil.programs import PROGRAMS, STAGES
 from diffveil_export.components import Components
 
-__all__ = ["staged_folder", "write_manifest"]
+__all__ = ["ProgramFacts", "staged_folder", "write_manifest"]
+
+
+@dataclass(frozen=True)
+class ProgramFacts:
+    """What the manifest states of one program beside its tensors.
+
+    Attributes:
+        data: Names of its weight files.
+        parity: How far it was from PyTorch.
+        precision: Type that it computes in.
+        loss_scale: See `diffveil._manifest.ProgramEntry`.
+        cost: Operations and bytes.
+    """
+
+    data: tuple[str, ...]
+    parity: tuple[ParityEntry, ...] = ()
+    precision: str = "float32"
+    loss_scale: float | None = None
+    cost: Cost | None = None
+
+    def fields(self) -> dict[str, Any]:
+        """As they stand in the manifest; what is not known is left out."""
+        fields: dict[str, Any] = {
+            "data": list(self.data),
+            "parity": [asdict(entry) for entry in self.parity],
+            "precision": self.precision,
+        }
+        if self.loss_scale is not None:
+            fields["loss_scale"] = self.loss_scale
+        if self.cost is not None:
+            fields["cost"] = asdict(self.cost)
+        return fields
 
 
 @contextmanager
@@ -71,8 +103,7 @@ def write_manifest(
     folder: Path,
     components: Components,
     *,
-    data: Mapping[str, Sequence[str]],
-    parity: Mapping[str, Sequence[ParityEntry]],
+    facts: Mapping[str, ProgramFacts],
     provenance: Mapping[str, str],
 ) -> None:
     """Write `bundle.json` for the files in `folder`; the same files give the same bytes.
@@ -80,8 +111,7 @@ def write_manifest(
     Args:
         folder: Holds `<program>.onnx` for every program, their data and constants.
         components: The model.
-        data: Names of the weight files of each program.
-        parity: Parity records of each program.
+        facts: What else to state, by program.
         provenance: Added to the model's own.
     """
     d = components.dimensions
@@ -110,7 +140,7 @@ def write_manifest(
             spec.name: {
                 "file": f"{spec.name}.onnx",
                 **_digest(folder / f"{spec.name}.onnx"),
-                "data": list(data[spec.name]),
+                **facts[spec.name].fields(),
                 **{
                     side: [
                         {"name": t.name, "dtype": t.dtype, "shape": list(t.shape(d))}
@@ -118,7 +148,6 @@ def write_manifest(
                     ]
                     for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs))
                 },
-                "parity": [asdict(entry) for entry in parity.get(spec.name, ())],
             }
             for spec in PROGRAMS.values()
         },

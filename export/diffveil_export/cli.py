@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--weights",
         choices=("int8", "float16", "float32"),
-        default="int8",
-        help="how weights are stored (arithmetic is float32; default: %(default)s)",
+        help="how weights are stored when arithmetic is float32 (default: int8); with 16-bit "
+        "arithmetic they are stored as they are computed with",
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "float16", "bfloat16"),
+        default="float32",
+        help="type of the arithmetic: float16 for GPUs, with float32 where it would overflow and a "
+        "loss scale in guide; bfloat16 needs a GPU to run (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="say what would be exported, how large and in about how long; write nothing",
     )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--json", action="store_true", help="print the parity table as JSON lines")
@@ -84,8 +97,16 @@ def run(args: argparse.Namespace) -> int:
 
     progress(f"loading {args.source}")
     components = _load(args)
+    if args.dry_run:
+        _print_plan(components, args)
+        return 0
     result = export_bundle(
-        components, args.output, weights=args.weights, force=args.force, progress=progress
+        components,
+        args.output,
+        weights=args.weights,
+        precision=args.precision,
+        force=args.force,
+        progress=progress,
     )
     _report(result, as_json=args.json)
     return 0
@@ -121,6 +142,31 @@ def _load(args: argparse.Namespace) -> Components:
     )
 
 
+def _print_plan(components: Components, args: argparse.Namespace) -> None:
+    from diffveil_export.exporter import choose_storage
+    from diffveil_export.plan import plan_export, total_bytes
+
+    storage = choose_storage(args.weights, args.precision)
+    plans = plan_export(components, storage, args.precision)
+    stored = storage if args.precision == "float32" else args.precision
+    if args.json:
+        for plan in plans:
+            print(json.dumps({**asdict(plan), "precision": args.precision, "stored": stored}))
+        return
+    print(f"{'program':<10}{'parameters':>12}{'weights MB':>12}{'GFLOP':>10}{'seconds':>9}")
+    for plan in plans:
+        print(
+            f"{plan.program:<10}{plan.parameters:>12,}{plan.weight_bytes / 1e6:>12.1f}"
+            f"{plan.flops / 1e9:>10.2f}{plan.seconds:>9.0f}"
+        )
+    size = total_bytes(components, storage, args.precision)
+    print(
+        f"{args.output} would hold about {size / 1e6:.1f} MB ({stored} weights, shared by the "
+        f"programs; {args.precision} arithmetic) after about {sum(p.seconds for p in plans):.0f} s "
+        "on two cores"
+    )
+
+
 def _report(result: ExportResult, *, as_json: bool) -> None:
     if as_json:
         for row in result.parity:
@@ -131,14 +177,23 @@ def _report(result: ExportResult, *, as_json: bool) -> None:
                 "max_abs": row.max_abs,
                 "max_rel": row.max_rel,
                 "psnr": row.psnr,
+                "cosine": row.cosine,
+                "norm_ratio": row.norm_ratio,
                 "dtype": row.actual_dtype,
+                "precision": row.precision,
             }
             print(json.dumps(record))
         return
-    print(f"{'program':<10}{'output':<14}{'batch':>5}{'max rel':>12}{'PSNR dB':>10}")
+    print(
+        f"{'program':<10}{'output':<14}{'batch':>5}{'max rel':>12}{'PSNR dB':>10}"
+        f"{'cosine':>10}{'norm':>8}"
+    )
     for row in result.parity:
         psnr = "exact" if row.psnr is None else f"{row.psnr:.1f}"
-        print(f"{row.program:<10}{row.output:<14}{row.batch:>5}{row.max_rel:>12.1e}{psnr:>10}")
+        print(
+            f"{row.program:<10}{row.output:<14}{row.batch:>5}{row.max_rel:>12.1e}{psnr:>10}"
+            f"{row.cosine:>10.6f}{row.norm_ratio:>8.4f}"
+        )
     size = sum(entry.bytes for entry in result.bundle.manifest.all_files())
     print(
         f"{result.bundle.path}: {size / 1e6:.1f} MB, fingerprint {result.bundle.fingerprint[:16]}"

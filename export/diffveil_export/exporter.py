@@ -3,27 +3,34 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 import torch
 from safetensors.torch import save
-from torch import nn
 
 from diffveil.bundle import CONSTANTS_FILE, Bundle
 from diffveil.engines import ONNXRuntimeCPU
 from diffveil.errors import OptionError
+from diffveil.golden import check_backend
+from diffveil.parity import OutputParity
 from diffveil.programs import DYNAMIC_AXES, PROGRAMS, ProgramSpec
-from diffveil_export.bundle_writer import staged_folder, write_manifest
+from diffveil_export.bundle_writer import ProgramFacts, staged_folder, write_manifest
 from diffveil_export.components import Components
+from diffveil_export.cost import program_cost
+from diffveil_export.golden import compute_golden, is_large
 from diffveil_export.gradient import trace_gradient
 from diffveil_export.lower import BFLOAT16_OPSET, OPSET, lower
 from diffveil_export.models.embedded import write_source
 from diffveil_export.passes.fold_weights import FoldWeights
 from diffveil_export.passes.widen_bfloat16 import WidenBFloat16
-from diffveil_export.precision import InPrecision, Precision, choose_loss_scale, float_dtype
+from diffveil_export.precision import InPrecision, Precision, float_dtype
 from diffveil_export.storage import (
     WEIGHT_STORAGES,
     DataFile,
@@ -31,15 +38,16 @@ from diffveil_export.storage import (
     round_weights,
     shrink_initializers,
 )
-from diffveil_export.verify import (
-    OutputParity,
-    check_program,
-    random_inputs,
-    require_parity,
-)
-from diffveil_export.wrappers import wrap
+from diffveil_export.verify import check_program, random_inputs, require_parity
+from diffveil_export.wrappers import Guide, wrap
 
-__all__ = ["MODEL_CARD_FILE", "WEIGHTS_FILE", "ExportResult", "export_bundle"]
+__all__ = [
+    "MODEL_CARD_FILE",
+    "WEIGHTS_FILE",
+    "ExportResult",
+    "choose_storage",
+    "export_bundle",
+]
 
 WEIGHTS_FILE = "weights.bin"
 MODEL_CARD_FILE = "MODEL_CARD.md"
@@ -58,15 +66,6 @@ class ExportResult:
 
     bundle: Bundle
     parity: tuple[OutputParity, ...]
-
-
-@dataclass(frozen=True)
-class _Exported:
-    """A program that lies in the folder, and how it computes."""
-
-    spec: ProgramSpec
-    precision: Precision
-    loss_scale: float | None
 
 
 def export_bundle(
@@ -93,7 +92,7 @@ def export_bundle(
         OptionError: `target` exists, or an option is unknown or does not fit another.
         ParityError: A program does not compute what PyTorch computes; nothing is left behind.
     """
-    storage = _storage(weights, precision)
+    storage = choose_storage(weights, precision)
     say = progress or _log.info
     with staged_folder(Path(target), force=force) as folder:
         for module in components.modules().values():
@@ -101,42 +100,57 @@ def export_bundle(
         constants = {"unconditional": components.unconditional.contiguous()}
         (folder / CONSTANTS_FILE).write_bytes(save(constants))
 
+        say("computing golden outputs with PyTorch")
+        golden = compute_golden(components)
+        golden.write(folder)
         store = DataFile(folder / WEIGHTS_FILE)
-        exported = []
+        facts = {}
         for spec in PROGRAMS.values():
             say(f"exporting {spec.name}")
-            scale = _loss_scale(components, precision) if spec.name == "guide" else None
+            scaled = spec.name == "guide" and precision == "float16"
+            scale = golden.loss_scale if scaled else None
             model = _lower(components, spec, precision, scale)
-            if precision == "float32":
-                shrink_initializers(model, storage)
-            else:
+            if precision != "float32":
                 FoldWeights()(model)
+            cost = program_cost(model)
+            shrink_initializers(model, storage if precision == "float32" else "float32")
             store.absorb(model)
             ir.save(model, folder / f"{spec.name}.onnx")
-            exported.append(_Exported(spec, precision, scale))
+            facts[spec.name] = ProgramFacts(
+                (WEIGHTS_FILE,), precision=precision, loss_scale=scale, cost=cost
+            )
         write_source(folder, components, store)
         if components.card:
             (folder / MODEL_CARD_FILE).write_text(components.card, encoding="utf-8")
         store.close()
 
-        data = {name: [WEIGHTS_FILE] for name in PROGRAMS}
         provenance = {
             "weights_stored": storage if precision == "float32" else precision,
             "exporter": f"torch {torch.__version__}, onnx_ir {ir.__version__}",
         }
-        write_manifest(folder, components, data=data, parity={}, provenance=provenance)
+        write_manifest(folder, components, facts=facts, provenance=provenance)
         say("verifying")
-        parity = _verify(components, folder)
-        require_parity([row for rows in parity.values() for row in rows])
-        records = {name: [row.entry() for row in rows] for name, rows in parity.items()}
-        write_manifest(folder, components, data=data, parity=records, provenance=provenance)
+        rows = _verify(components, Bundle.load(folder), precision)
+        require_parity(rows)
+        facts = {
+            name: replace(fact, parity=tuple(r.entry() for r in rows if r.program == name))
+            for name, fact in facts.items()
+        }
+        write_manifest(folder, components, facts=facts, provenance=provenance)
         Bundle.load(folder).verify(full=True)
-    rows = tuple(row for group in parity.values() for row in group)
     return ExportResult(Bundle.load(target), rows)
 
 
-def _storage(weights: WeightStorage | None, precision: Precision) -> WeightStorage:
-    """How the networks' weights are rounded before anything is exported."""
+def choose_storage(weights: WeightStorage | None, precision: Precision) -> WeightStorage:
+    """How the networks' weights are rounded before anything is exported.
+
+    Args:
+        weights: What was asked for, or None for the default.
+        precision: Type of the arithmetic.
+
+    Raises:
+        OptionError: One is unknown, or they do not fit each other.
+    """
     float_dtype(precision)
     if weights is not None and weights not in WEIGHT_STORAGES:
         raise OptionError(f"weights: received '{weights}', expected one of {WEIGHT_STORAGES}")
@@ -149,19 +163,6 @@ def _storage(weights: WeightStorage | None, precision: Precision) -> WeightStora
         )
     # bfloat16 keeps float32's range: the program's own casts round it, and parity counts that.
     return "float16" if precision == "float16" else "float32"
-
-
-def _loss_scale(components: Components, precision: Precision) -> float | None:
-    """The factor that keeps float16 gradients alive; other types need none."""
-    if precision != "float16":
-        return None
-    spec = PROGRAMS["guide"]
-    generator = torch.Generator().manual_seed(_EXAMPLE_SEED)
-    inputs = random_inputs(spec, components.dimensions, 1, generator)
-    parts = components.modules()
-    return choose_loss_scale(
-        wrap(components, "guide"), inputs, [parts["autoencoder"], parts["recognizer"]]
-    )
 
 
 def _lower(
@@ -184,12 +185,47 @@ def _lower(
     return lower(module, spec, inputs, opset=opset)
 
 
-def _verify(components: Components, folder: Path) -> dict[str, tuple[OutputParity, ...]]:
-    """Compare all programs with PyTorch, on the engine that most users will run."""
-    bundle, backend = Bundle.load(folder), ONNXRuntimeCPU(threads=torch.get_num_threads())
-    results = {}
+def _verify(
+    components: Components, bundle: Bundle, precision: Precision
+) -> tuple[OutputParity, ...]:
+    """Compare all programs with PyTorch, on the engine that most users will run.
+
+    The golden inputs come first. Small models are then tried on fresh inputs with other batches.
+    """
+    backend = ONNXRuntimeCPU(threads=torch.get_num_threads())
+    with ExitStack() as stack:
+        if precision == "bfloat16":
+            folder = stack.enter_context(TemporaryDirectory(dir=bundle.path.parent))
+            bundle = _widened(bundle, Path(folder))
+        rows = check_backend(bundle, backend)
+        if is_large(components.dimensions):
+            return rows
+        for name in PROGRAMS:
+            engine = backend.load(bundle, name)
+            module = wrap(components, name)
+            rows += check_program(module, engine, components.dimensions, precision=precision)
+            engine.close()
+    return rows
+
+
+def _widened(bundle: Bundle, folder: Path) -> Bundle:
+    """A copy of a bfloat16 bundle that a CPU can run: it rounds after every node, in float32."""
+    for file in bundle.manifest.files:
+        # ONNX Runtime follows no symbolic link out of a model's folder.
+        try:
+            os.link(bundle.path / file, folder / file)
+        except OSError:
+            shutil.copyfile(bundle.path / file, folder / file)
     for name in PROGRAMS:
-        engine = backend.load(bundle, name)
-        results[name] = check_program(wrap(components, name), engine, components.dimensions)
-        engine.close()
-    return results
+        model = ir.load(bundle.path / f"{name}.onnx")
+        WidenBFloat16()(model)
+        ir.save(model, folder / f"{name}.onnx")
+    return _Unchecked(folder, bundle.manifest)
+
+
+class _Unchecked(Bundle):
+    """The copy's programs are not the ones whose hashes the manifest states."""
+
+    def program_path(self, name: str) -> Path:
+        """Path of the program, unchecked."""
+        return self.path / f"{name}.onnx"

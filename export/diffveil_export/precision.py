@@ -14,13 +14,13 @@ islands. Weights stay float32 in PyTorch; their casts become 16-bit weights when
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
 from torch import nn
-from torch.nn import functional as F  # noqa: N812 - PyTorch's own idiom
+from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
@@ -47,7 +47,7 @@ _DTYPES: dict[str, torch.dtype] = {
 _HEADROOM = 16
 """How far below the largest float16 the largest gradient is put: photos differ from the probe."""
 
-_Function = Callable[..., Any]
+_Function = Any  # PyTorch's functions: builtins, methods and Python functions
 
 _PRODUCTS: frozenset[_Function] = frozenset(
     {
@@ -120,7 +120,9 @@ _UNITS: frozenset[_Function] = frozenset(
     }
 )
 
-_CONVERSIONS = frozenset({"to", "type", "type_as", "float", "half", "double", "bfloat16", "__get__"})
+_CONVERSIONS = frozenset(
+    {"to", "type", "type_as", "float", "half", "double", "bfloat16", "__get__"}
+)
 
 
 def float_dtype(precision: Precision) -> torch.dtype:
@@ -214,7 +216,8 @@ def _attention(
             scores = scores.masked_fill(~attn_mask, float("-inf"))
         else:
             scores = scores + attn_mask.float()
-    return scores.softmax(-1).to(dtype) @ v
+    result: torch.Tensor = scores.softmax(-1).to(dtype) @ v
+    return result
 
 
 @contextmanager
@@ -253,7 +256,7 @@ class InPrecision(nn.Module):
 
 def choose_loss_scale(
     guide: nn.Module, inputs: tuple[torch.Tensor, ...], parts: Sequence[nn.Module]
-) -> float:
+) -> tuple[float, tuple[torch.Tensor, ...]]:
     """The power of two by which the energy is multiplied so that float16 gradients survive.
 
     Gradients of single pixels are around 10⁻⁷, where float16 has a digit or none. The largest
@@ -267,7 +270,7 @@ def choose_loss_scale(
         parts: The networks that `guide` goes through.
 
     Returns:
-        A power of two from 1 to 2²⁴.
+        A power of two from 1 to 2²⁴, and the outputs of `guide`.
     """
     largest = 0.0
 
@@ -277,18 +280,19 @@ def choose_loss_scale(
 
     def watch(module: nn.Module, args: Any, output: Any) -> None:
         if isinstance(output, torch.Tensor) and output.requires_grad:
-            output.register_hook(look)
+            register: Any = output.register_hook
+            register(look)
 
     leaves = [m for part in parts for m in part.modules() if not list(m.children())]
     handles = [m.register_forward_hook(watch) for m in leaves]
     try:
-        gradient = guide(*inputs)[0]
+        outputs: tuple[torch.Tensor, ...] = guide(*inputs)
     finally:
         for handle in handles:
             handle.remove()
-    look(gradient)
+    look(outputs[0])
     if not largest > 0 or largest == float("inf"):
-        return 1.0
+        return 1.0, outputs
     room = torch.finfo(torch.float16).max / _HEADROOM / largest
     exponent = torch.tensor(room, dtype=torch.float64).log2().floor().clamp(0, 24)
-    return float(2.0 ** int(exponent))
+    return float(2.0 ** int(exponent)), outputs

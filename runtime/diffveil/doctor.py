@@ -6,6 +6,7 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -73,16 +74,20 @@ class Report:
         return {**asdict(self), "ready": self.ready}
 
 
-def diagnose(bundle: str | Path | None = None) -> Report:
+def diagnose(bundle: str | Path | None = None, *, verify: bool = False) -> Report:
     """Looks at this installation without protecting anything; downloads nothing.
 
     Args:
         bundle: folder of the bundle to judge for; the embedded one where None.
+        verify: run every program on the bundle's golden inputs, on every backend that can run.
     """
     packages = {name: _version(name) for name in (*_BASE, *_OPTIONAL)}
     backends, chosen = _backends()
     checks = [_packages_check(packages), _conflict_check(packages)]
     checks += [_try("bundle", lambda: _bundle(bundle)), _try("face detector", _detector)]
+    if verify:
+        able = [check.name for check in backends if check.ok]
+        checks += [_try(f"results of {name}", partial(_golden, bundle, name)) for name in able]
     return Report(
         version=__version__,
         python=f"{platform.python_version()} ({platform.python_implementation()})",
@@ -149,6 +154,16 @@ def _bundle(path: str | Path | None) -> str:
     bundle = Bundle.load(path)
     bundle.verify(full=True)
     return f"{bundle.name}, {bundle.image_size} px faces, every file as its manifest states"
+
+
+def _golden(path: str | Path | None, backend: str) -> str:
+    from diffveil.bundle import Bundle
+    from diffveil.engines import select_backend
+    from diffveil.golden import require_golden
+
+    bundle = Bundle.load(path)
+    require_golden(bundle, select_backend(backend, bundle).require())
+    return f"every program of {bundle.name} computes what PyTorch computed"
 
 
 def _detector() -> str:

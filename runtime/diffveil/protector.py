@@ -86,6 +86,7 @@ class Protector:
         backend: str | Backend | None = None,
         detector: FaceDetector | None = None,
         threads: int | None = None,
+        verify: bool = False,
     ) -> Protector:
         """Open a bundle. Programs and the detector are loaded when they are first needed.
 
@@ -96,16 +97,23 @@ class Protector:
             detector: Finds faces; by default CenterFace, which needs `diffveil[faces]`.
             threads: CPU threads of one program call; by default the CPUs this process may use. A
                 backend or detector of your own keeps its own setting.
+            verify: Run every program once on the bundle's golden inputs, and refuse a backend that
+                computes something else than the exporter's PyTorch did.
 
         Raises:
             BundleError: The bundle is missing, malformed or incomplete.
             BackendUnavailableError: No backend can be used, or not the one asked for.
+            EngineError: `verify` found a difference; the message names program and output.
             OptionError: There is no backend of that name, or `threads` is below one.
         """
         if bundle is None or isinstance(bundle, str | os.PathLike):
             bundle = Bundle.load(None if bundle is None else os.fspath(bundle))
         if backend is None or isinstance(backend, str):
             backend = select_backend(backend, bundle, threads=threads).require()
+        if verify:
+            from diffveil.golden import require_golden
+
+            require_golden(bundle, backend)
         return cls(Programs(bundle, backend), detector=detector, threads=threads)
 
     def __enter__(self) -> Protector:

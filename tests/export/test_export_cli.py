@@ -74,7 +74,10 @@ def test_json_is_one_object_a_line(
         "max_abs": 1e-6,
         "max_rel": 2e-6,
         "psnr": 130.0,
+        "cosine": 1.0,
+        "norm_ratio": 1.0,
         "dtype": "float32",
+        "precision": "float32",
     }
 
 

@@ -11,17 +11,14 @@ from torch import nn
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
+from diffveil.parity import TOLERANCES, compare
 from diffveil_export.components import Components
 from diffveil_export.exporter import export_bundle
-from diffveil_export.verify import (
-    TOLERANCE,
-    ParityError,
-    check_program,
-    compare,
-    require_parity,
-)
+from diffveil_export.verify import ParityError, check_program, require_parity
 from diffveil_export.wrappers import wrap
 from tiny_models import tiny_components
+
+TOLERANCE = TOLERANCES["float32"].max_rel
 
 
 def _compare(expected: np.ndarray, actual: np.ndarray) -> bool:
@@ -56,12 +53,35 @@ def test_compare_refuses_other_dtypes_shapes_and_nan() -> None:
     assert not _compare(ones * 0, ones)
 
 
+def test_sixteen_bits_are_judged_by_direction_and_length(rng: np.random.Generator) -> None:
+    expected = rng.standard_normal((2, 400)).astype(np.float32)
+    noise = rng.standard_normal((2, 400)).astype(np.float32)
+
+    def row(actual: np.ndarray, precision: str = "float16") -> bool:
+        return bool(compare("p", "o", 2, expected, actual.astype(np.float32), precision))
+
+    assert row(expected + 1e-2 * noise)
+    assert not row(expected + 1e-2 * noise, "float32")
+    assert not row(expected + 6e-2 * noise)  # a cosine of about 0.998
+    assert row(expected + 6e-2 * noise, "bfloat16")
+    assert not row(expected * 1.02)
+    assert row(expected * 1.02, "bfloat16")
+    # One bad face of a batch is not averaged away, however small it is.
+    small = expected * np.array([[1.0], [1e-6]], np.float32)
+    swapped = small.copy()
+    swapped[1] = -swapped[1]
+    result = compare("p", "o", 2, small, swapped, "float16")
+    assert result.max_rel < 1e-4
+    assert result.cosine == pytest.approx(-1)
+    assert not result
+
+
 def test_another_networks_program_is_found_out(tiny_bundle: Bundle) -> None:
     engine = ONNXRuntimeCPU(threads=1).load(tiny_bundle, "decode")
     other = tiny_components(seed=1)
     rows = check_program(wrap(other, "decode"), engine, tiny_bundle.dimensions)
     assert not any(rows)
-    with pytest.raises(ParityError, match=r"decode\.image \(batch 1\)"):
+    with pytest.raises(ParityError, match=r"decode\.image \(batch 1, float32\)"):
         require_parity(rows)
 
 

@@ -34,7 +34,8 @@ class WidenBFloat16(ir.passes.InPlacePass):
         widened: dict[ir.Value, ir.Value] = {}
         modified = False
         for node in list(model.graph):
-            if any(a.type in (ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS) for a in _own(node)):
+            kinds = {attribute.type for attribute in node.attributes.values()}
+            if kinds & {ir.AttributeType.GRAPH, ir.AttributeType.GRAPHS}:
                 raise ValueError(f"node '{node.name}' has a subgraph")
             if node.op_type == "Cast":
                 continue
@@ -55,10 +56,6 @@ class WidenBFloat16(ir.passes.InPlacePass):
                 touched = True
             modified = modified or touched
         return ir.passes.PassResult(model, modified)
-
-
-def _own(node: ir.Node) -> list[ir.Attr]:
-    return [a for a in node.attributes.values() if isinstance(a, ir.Attr)]
 
 
 def _cast(value: ir.Value, dtype: ir.DataType) -> ir.Node:

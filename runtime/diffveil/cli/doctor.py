@@ -12,7 +12,7 @@ __all__ = ["run"]
 
 def run(args: argparse.Namespace) -> int:
     """Prints the report; 0 even where something is missing, for saying so is its job."""
-    report = diagnose(args.bundle)
+    report = diagnose(args.bundle, verify=args.verify)
     print(json.dumps(report.to_json()) if args.json else describe(report))
     return 0
 

@@ -62,6 +62,9 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "file": program.file.name,
                 "bytes": program.file.bytes,
                 "weights": list(program.data),
+                "precision": program.precision,
+                **({"loss_scale": program.loss_scale} if program.loss_scale else {}),
+                **(asdict(program.cost) if program.cost else {}),
                 # How far the worst output was from PyTorch at export, relative to its range.
                 "parity": max((record.max_rel for record in program.parity), default=None),
             }

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from diffveil._version import __version__
 from diffveil.cli import build as _build
+from diffveil.cli import verify as _verify
 from diffveil.cli.exits import ExitCode, exit_code_of
 
 __all__ = ["build_parser", "main"]
@@ -73,12 +74,15 @@ examples:
     "doctor": """\
 example:
   diffveil doctor      versions, the backends of this machine, which one is chosen and why
+  diffveil doctor --verify
+      also whether every backend that can run here computes what it should
 """,
     "export": """\
 example:
   diffveil export stable-diffusion/ -o my-bundle/ --msi msi.pt --recognizer irse50.pt
 """,
     "build": _build.EXAMPLES,
+    "verify": _verify.EXAMPLES,
 }
 
 
@@ -150,7 +154,14 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     doctor = add("doctor", "doctor", "show what is installed and which backend is chosen")
     doctor.add_argument("--bundle", metavar="DIR", help="judge for this bundle")
+    doctor.add_argument(
+        "--verify", action="store_true", help="run its programs and compare with PyTorch's results"
+    )
     doctor.add_argument("--json", action="store_true", help="one JSON object")
+
+    _verify.add_arguments(
+        add("verify", "verify", "check a bundle's files, and its programs on a backend")
+    )
 
     export = add("export", "export", "turn trained weights into a bundle (extra: export)")
     if next((word for word in arguments if not word.startswith("-")), None) == "export":

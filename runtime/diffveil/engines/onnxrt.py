@@ -126,7 +126,13 @@ class ONNXRuntimeCPU:
                 os.fspath(path), sess_options=options, providers=["CPUExecutionProvider"]
             )
         except Exception as error:  # ONNX Runtime's classes share no public base
-            raise EngineError(f"program '{program}' cannot be loaded: {error}") from error
+            hint = ""
+            if bundle.program(program).precision == "bfloat16":
+                hint = (
+                    "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
+                    "on a GPU, or export the model in float32 or float16"
+                )
+            raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
         _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
         return ONNXRuntimeEngine(session, spec, bundle.dimensions)
 

@@ -1,0 +1,88 @@
+"""What an export would produce, how large it would be and about how long it would take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from diffveil.programs import PROGRAMS
+from diffveil_export.components import Components
+from diffveil_export.golden import is_large
+from diffveil_export.precision import Precision
+from diffveil_export.storage import WeightStorage
+from diffveil_export.verify import random_inputs
+from diffveil_export.wrappers import wrap
+
+__all__ = ["ProgramPlan", "plan_export", "total_bytes"]
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int8": 1}
+
+# Measured on two CPU cores with models from tiny to Stable Diffusion's size; an order of magnitude.
+_LAYER_SECONDS = 0.06
+_GUIDE_LAYER_SECONDS = 0.5
+_FLOPS_PER_SECOND = 60e9
+
+
+@dataclass(frozen=True)
+class ProgramPlan:
+    """One program of an export that has not been made.
+
+    Attributes:
+        program: Its name.
+        parameters: Numbers in its weights.
+        weight_bytes: Bytes of its weights as stored; programs share them in the bundle.
+        flops: Operations of one call with one face, convolutions and matrix products only.
+        seconds: Rough time to export and verify it on two cores.
+    """
+
+    program: str
+    parameters: int
+    weight_bytes: int
+    flops: int
+    seconds: float
+
+
+def plan_export(
+    components: Components, storage: WeightStorage, precision: Precision
+) -> tuple[ProgramPlan, ...]:
+    """Plan every program; nothing is computed, so this takes seconds at any size.
+
+    Args:
+        components: The model.
+        storage: How weights would be stored in a float32 bundle.
+        precision: Type of the arithmetic; 16-bit types store weights as they are.
+    """
+    width = _BYTES[storage if precision == "float32" else precision]
+    runs = 1 if is_large(components.dimensions) else 1 + 1 + 3  # golden inputs, batches 1 and 3
+    plans = []
+    for spec in PROGRAMS.values():
+        module = wrap(components, spec.name)
+        parameters = sum(p.numel() for p in _weights(module))
+        layers = sum(1 for m in module.modules() if not list(m.children()))
+        generator = torch.Generator().manual_seed(0)
+        inputs = random_inputs(spec, components.dimensions, 1, generator)
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fakes = [mode.from_tensor(tensor) for tensor in inputs]
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                module(*fakes)
+        flops = int(counter.get_total_flops())
+        tracing = layers * (_GUIDE_LAYER_SECONDS if spec.name == "guide" else _LAYER_SECONDS)
+        # PyTorch and the engine compute every comparison once each.
+        seconds = 1 + tracing + 2 * runs * flops / _FLOPS_PER_SECOND
+        plans.append(ProgramPlan(spec.name, parameters, parameters * width, flops, seconds))
+    return tuple(plans)
+
+
+def total_bytes(components: Components, storage: WeightStorage, precision: Precision) -> int:
+    """Bytes of all weights, each counted once however many programs share it."""
+    width = _BYTES[storage if precision == "float32" else precision]
+    seen = {id(p): p.numel() for m in components.modules().values() for p in _weights(m)}
+    return sum(seen.values()) * width
+
+
+def _weights(module: nn.Module) -> list[torch.Tensor]:
+    return [*module.parameters(), *(b for b in module.buffers() if b.is_floating_point())]

@@ -1,0 +1,173 @@
+"""Golden data: inputs and the outputs that PyTorch computed for them travel in the bundle.
+
+`golden.safetensors` holds `inputs.<tensor>`, shared by all programs that take a tensor of that
+name, and `outputs.<program>.<tensor>`. A program's batch is that of its outputs; it reads as many
+rows of its inputs. So any machine and backend can be held against the exporter's PyTorch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffveil.bundle import Bundle
+from diffveil.engines import Backend
+from diffveil.errors import BundleCorruptError, BundleError, EngineError
+from diffveil.parity import OutputParity, compare, describe
+from diffveil.programs import DYNAMIC_AXES, PROGRAMS, TensorSpec
+
+__all__ = ["GOLDEN_FILE", "check_backend", "load_golden", "require_golden"]
+
+GOLDEN_FILE = "golden.safetensors"
+_MAX_GOLDEN_BYTES = 256 << 20
+
+_Tensors = dict[str, NDArray[np.generic]]
+
+
+def load_golden(bundle: Bundle) -> _Tensors:
+    """The tensors of a bundle's golden file, inputs in the dtype that programs take.
+
+    Raises:
+        BundleError: The bundle carries none, or its tensors are not those of its programs.
+        BundleCorruptError: The file differs from its hash.
+    """
+    entry = bundle.manifest.files.get(GOLDEN_FILE)
+    if entry is None:
+        raise BundleError(
+            f"bundle '{bundle.name}' carries no {GOLDEN_FILE}, so there is nothing to hold a "
+            "backend against: export it again with this diffveil"
+        )
+    if entry.bytes > _MAX_GOLDEN_BYTES:
+        raise BundleError(f"'{GOLDEN_FILE}' is larger than {_MAX_GOLDEN_BYTES} bytes")
+    from safetensors import SafetensorError
+    from safetensors.numpy import load
+
+    raw = (bundle.path / GOLDEN_FILE).read_bytes()
+    if hashlib.sha256(raw).hexdigest() != entry.sha256:
+        raise BundleCorruptError(
+            f"bundle file '{GOLDEN_FILE}' differs from its hash; copy the whole bundle folder again"
+        )
+    try:
+        tensors = load(raw)
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise BundleError(f"'{GOLDEN_FILE}' is not a safetensors file: {error}") from error
+    return _checked(bundle, tensors)
+
+
+def _checked(bundle: Bundle, tensors: _Tensors) -> _Tensors:
+    """Hold every tensor against the declaration of its program; inputs get their dtype."""
+    result: _Tensors = {}
+    problems = []
+    for program in bundle.manifest.programs:
+        spec = PROGRAMS[program]
+        for output in spec.outputs:
+            name = f"outputs.{program}.{output.name}"
+            problem = _problem(bundle, output, tensors.get(name), ("float32",))
+            if problem:
+                problems.append(f"{name}: {problem}")
+            else:
+                result[name] = tensors[name]
+        rows = _rows(result, program)
+        for tensor in spec.inputs:
+            name = f"inputs.{tensor.name}"
+            stored = (tensor.dtype, "float16") if tensor.dtype == "float32" else (tensor.dtype,)
+            array = tensors.get(name)
+            problem = _problem(bundle, tensor, array, stored)
+            if not problem and array is not None and len(array) < rows:
+                problem = f"received {len(array)} rows, expected at least {rows}"
+            if problem:
+                problems.append(f"{name}: {problem}")
+            elif array is not None:
+                result[name] = array.astype(tensor.dtype)
+    if problems:
+        raise BundleError(f"'{GOLDEN_FILE}': " + "; ".join(sorted(set(problems))))
+    return result
+
+
+def _problem(
+    bundle: Bundle, tensor: TensorSpec, array: NDArray[np.generic] | None, dtypes: tuple[str, ...]
+) -> str:
+    if array is None:
+        return "missing"
+    expected = tensor.shape(bundle.dimensions)
+    fits = array.ndim == len(expected) and all(
+        size > 0 if isinstance(axis, str) else size == axis
+        for axis, size in zip(expected, array.shape, strict=True)
+    )
+    if fits and str(array.dtype) in dtypes:
+        return ""
+    return (
+        f"received {array.dtype} {list(array.shape)}, expected {' or '.join(dtypes)} "
+        f"[{', '.join(str(axis) for axis in expected)}]"
+    )
+
+
+def _rows(tensors: _Tensors, program: str) -> int:
+    sizes = [len(a) for name, a in tensors.items() if name.startswith(f"outputs.{program}.")]
+    return max(sizes, default=1)
+
+
+def check_backend(
+    bundle: Bundle,
+    backend: Backend,
+    *,
+    programs: Iterable[str] | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> tuple[OutputParity, ...]:
+    """Run programs on their golden inputs and compare the outputs with PyTorch's.
+
+    Args:
+        bundle: A bundle with golden data.
+        backend: What runs the programs; each is loaded, run once and closed.
+        programs: Names; by default all that the bundle holds.
+        progress: Told the name of each program before it is loaded.
+
+    Returns:
+        One row an output; a row is true if it is within the tolerance of the program's precision.
+
+    Raises:
+        BundleError: There is no such program, or no golden data.
+        EngineError: The backend cannot load or run a program.
+    """
+    tensors = load_golden(bundle)
+    rows = []
+    for name in bundle.manifest.programs if programs is None else programs:
+        entry = bundle.program(name)
+        if progress is not None:
+            progress(name)
+        spec, count = PROGRAMS[name], _rows(tensors, name)
+        feed = {}
+        for tensor in spec.inputs:
+            # A matrix of pairs is cut in both dimensions.
+            cut = tuple(slice(count if a in DYNAMIC_AXES else None) for a in tensor.axes)
+            feed[tensor.name] = np.ascontiguousarray(tensors[f"inputs.{tensor.name}"][cut])
+        engine = backend.load(bundle, name)
+        try:
+            outputs = engine.run(**feed)
+        finally:
+            engine.close()
+        for output in spec.outputs:
+            expected = cast("NDArray[np.floating[Any]]", tensors[f"outputs.{name}.{output.name}"])
+            actual = cast("NDArray[np.floating[Any]]", outputs[output.name])
+            rows.append(compare(name, output.name, count, expected, actual, entry.precision))
+    return tuple(rows)
+
+
+def require_golden(bundle: Bundle, backend: Backend) -> None:
+    """Refuse a backend that computes something else than the exporter's PyTorch did.
+
+    Args:
+        bundle: A bundle with golden data.
+        backend: The backend to judge; every program is loaded and run once.
+
+    Raises:
+        BundleError: The bundle has no golden data.
+        EngineError: An output is not within tolerance; all are named with their difference.
+    """
+    wrong = describe(check_backend(bundle, backend))
+    if wrong:
+        raise EngineError(f"backend '{backend.name}' computes something else: {wrong}")
