@@ -23,9 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `diffveil export`."""
     parser.add_argument(
         "source",
-        type=Path,
         metavar="SOURCE",
-        help="folder of a model: the reference family's, or Stable Diffusion 1.x in diffusers form",
+        help="a model: folder of the reference family; or Stable Diffusion 1.x as a diffusers "
+        "folder, as owner/name on the Hugging Face hub (a cached copy needs no network), or as one "
+        ".safetensors or .ckpt file in the original layout",
     )
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument(
@@ -72,8 +73,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "trained with, or what an ONNX graph's first operators tell)",
     )
     sd.add_argument(
-        "--vision", type=Path, metavar="DIR", help="CLIP vision tower (SOURCE/image_encoder)"
+        "--vision",
+        type=Path,
+        metavar="DIR",
+        help="CLIP vision tower (default: SOURCE/image_encoder; a single file has none)",
     )
+    sd.add_argument(
+        "--lora",
+        action="append",
+        default=[],
+        metavar="FILE[:SCALE]",
+        help="fuse an adapter, such as LCM-LoRA or Hyper-SD, into the weights; may be repeated",
+    )
+    sd.add_argument(
+        "--tokenizer",
+        type=Path,
+        metavar="DIR",
+        help="folder with vocab.json (default: SOURCE/tokenizer, or CLIP's for a single file)",
+    )
+    sd.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     sd.add_argument(
         "--msi-input",
         choices=("rgb", "release-uint8"),
@@ -118,20 +136,26 @@ def _load(args: argparse.Namespace) -> Components:
         is_stable_diffusion_folder,
         load_stable_diffusion,
     )
+    from diffveil_export.sources.hub import is_hub_id
+    from diffveil_export.sources.lora import parse_lora
+    from diffveil_export.sources.single_file import is_single_file
 
-    if is_reference_folder(args.source):
-        unused = [o for o in ("msi", "recognizer", "vision") if getattr(args, o) is not None]
+    if is_reference_folder(Path(args.source)):
+        given = ("msi", "recognizer", "vision", "lora", "tokenizer", "revision")
+        unused = [f"--{option}" for option in given if getattr(args, option)]
         if unused:
-            raise OptionError(f"--{unused[0]}: a reference-family folder brings its own")
-        return load_reference(args.source)
-    if not is_stable_diffusion_folder(args.source):
+            raise OptionError(f"{', '.join(unused)}: a reference-family folder brings its own")
+        return load_reference(Path(args.source))
+    path = Path(args.source)
+    if not (is_stable_diffusion_folder(path) or is_single_file(path) or is_hub_id(args.source)):
         raise OptionError(
-            f"'{args.source}' is no model folder: expected autoencoder/, unet/, conditioner/ and "
-            "recognizer/, or vae/, unet/ and text_encoder/"
+            f"'{args.source}' is no model: expected a folder with autoencoder/, unet/, conditioner/"
+            " and recognizer/, one with vae/, unet/ and text_encoder/, a .safetensors or .ckpt "
+            "file, or owner/name on the Hugging Face hub"
         )
     missing = [f"--{o}" for o in ("msi", "recognizer") if getattr(args, o) is None]
     if missing:
-        raise OptionError(f"a Stable Diffusion folder needs {' and '.join(missing)} as well")
+        raise OptionError(f"a Stable Diffusion source needs {' and '.join(missing)} as well")
     return load_stable_diffusion(
         args.source,
         msi=args.msi,
@@ -139,6 +163,9 @@ def _load(args: argparse.Namespace) -> Components:
         vision=args.vision,
         msi_input=args.msi_input,
         recognizer_input=args.recognizer_input,
+        lora=[parse_lora(text) for text in args.lora],
+        tokenizer=args.tokenizer,
+        revision=args.revision,
     )
 
 

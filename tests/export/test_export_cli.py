@@ -82,7 +82,7 @@ def test_json_is_one_object_a_line(
 
 
 def test_sources_that_cannot_be_meant(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(OptionError, match="no model folder"):
+    with pytest.raises(OptionError, match="is no model: expected a folder"):
         cli.run(_parse(str(tmp_path / "nothing"), "-o", "out"))
     with pytest.raises(OptionError, match="--msi: a reference-family folder"):
         cli.run(_parse(str(source), "-o", "out", "--msi", "x"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -12,10 +11,9 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import DDIMScheduler
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModel
 
 from diffveil.errors import OptionError
 from diffveil.programs import PROGRAMS
@@ -32,80 +30,12 @@ from diffveil_export.verify import random_inputs
 from diffveil_export.wrappers import wrap
 from parity import assert_close_to_reference
 from tiny_models import randomize
-
-VOCABULARY = {"<|startoftext|>": 30, "<|endoftext|>": 31, "*</w>": 7, "a</w>": 1}
-STAGES = ((16, 1), (32, 1), (16, 1), (32, 1))
-
-
-def _text(generator: torch.Generator) -> CLIPTextModel:
-    config = CLIPTextConfig(
-        vocab_size=32,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=9,
-        bos_token_id=30,
-        eos_token_id=31,
-        pad_token_id=31,
-    )
-    model = CLIPTextModel(config)
-    randomize(model, generator)
-    return model.eval()
-
-
-def _vision(generator: torch.Generator) -> CLIPVisionModel:
-    config = CLIPVisionConfig(
-        hidden_size=12,
-        intermediate_size=16,
-        num_hidden_layers=17,
-        num_attention_heads=2,
-        image_size=28,
-        patch_size=14,
-    )
-    model = CLIPVisionModel(config)
-    randomize(model, generator)
-    return model.eval()
-
-
-def _parts() -> dict[str, Any]:
-    generator = torch.Generator().manual_seed(11)
-    vae = AutoencoderKL(
-        block_out_channels=(8, 16),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        layers_per_block=1,
-        norm_num_groups=4,
-        latent_channels=4,
-        sample_size=32,
-    )
-    unet = UNet2DConditionModel(
-        sample_size=16,
-        block_out_channels=(8, 16),
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-        norm_num_groups=4,
-        cross_attention_dim=16,
-        attention_head_dim=2,
-    )
-    msi = MSI(vision_width=12, width=16, inner=16, heads=8)
-    recognizer = IRSE50(10, STAGES)
-    for module in (vae, unet, msi, recognizer):
-        randomize(module, generator)
-    return {
-        "vae": vae,
-        "unet": unet,
-        "text": _text(generator),
-        "vision": _vision(generator),
-        "msi_state": msi.state_dict(),
-        "recognizer": recognizer,
-    }
+from tiny_stable_diffusion import STAGES, VOCABULARY, parts, text_encoder, vision_tower
 
 
 @pytest.fixture(scope="module")
 def components() -> Components:
-    return stable_diffusion.assemble(name="tiny-sd", vocabulary=VOCABULARY, **_parts())
+    return stable_diffusion.assemble(name="tiny-sd", vocabulary=VOCABULARY, **parts())
 
 
 @pytest.fixture
@@ -127,7 +57,7 @@ def test_template_lies_in_the_published_framing(components: Components) -> None:
 
 @torch.no_grad()
 def test_autoencoder_is_diffusers(components: Components, image: torch.Tensor) -> None:
-    vae = _parts()["vae"].eval()
+    vae = parts()["vae"].eval()
     latent = components.autoencoder.encode(image)
     expected = vae.encode(image).latent_dist.mean * 0.18215
     torch.testing.assert_close(latent, expected)
@@ -137,7 +67,7 @@ def test_autoencoder_is_diffusers(components: Components, image: torch.Tensor) -
 
 @torch.no_grad()
 def test_text_encoder_is_transformers() -> None:
-    text = _text(torch.Generator().manual_seed(1))
+    text = text_encoder(torch.Generator().manual_seed(1))
     prompt = torch.tensor([30, 7] + [31] * 7)
     expander = TextExpander(text, prompt, position=1)
     expected = text(prompt[None]).last_hidden_state
@@ -152,7 +82,7 @@ def test_text_encoder_is_transformers() -> None:
 
 @torch.no_grad()
 def test_vision_states_are_transformers(image: torch.Tensor) -> None:
-    vision = _vision(torch.Generator().manual_seed(2))
+    vision = vision_tower(torch.Generator().manual_seed(2))
     seen: list[torch.Tensor] = []
 
     class Spy(nn.Module):
@@ -177,7 +107,7 @@ def test_release_cast_is_a_conversion_to_bytes(image: torch.Tensor) -> None:
     image = image.clone()
     image[:, :, :5] = -1.0
     image[:, :, 5:9] = 1.0
-    vision = _vision(torch.Generator().manual_seed(2))
+    vision = vision_tower(torch.Generator().manual_seed(2))
     embedder = VisionEmbedder(vision, MSI(12, 16, 16, 8).eval(), 32, "release-uint8")
     # NumPy's conversion by way of a signed integer wraps around on every platform.
     as_bytes = image.numpy().astype(np.int64).astype(np.uint8)
@@ -262,25 +192,6 @@ def test_guide_exports_through_attention_and_upsampling(
         assert_close_to_reference(guide, inputs, session.run(None, feed))
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """A diffusers folder with everything, beside `msi.safetensors` and `ir.pth`."""
-    parts = _parts()
-    model = tmp_path / "model"
-    parts["vae"].save_pretrained(model / "vae")
-    parts["unet"].save_pretrained(model / "unet")
-    parts["text"].save_pretrained(model / "text_encoder")
-    parts["vision"].save_pretrained(model / "image_encoder")
-    DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
-    ).save_pretrained(model / "scheduler")
-    (model / "tokenizer").mkdir()
-    (model / "tokenizer" / "vocab.json").write_text(json.dumps(VOCABULARY))
-    save_file(parts["msi_state"], tmp_path / "msi.safetensors")
-    torch.save(parts["recognizer"].state_dict(), tmp_path / "ir.pth")
-    return model
-
-
 def _load(folder: Path, **changes: Any) -> Components:
     arguments = {
         "msi": folder.parent / "msi.safetensors",
@@ -308,7 +219,7 @@ def test_an_ensemble_and_released_msi_weights(
 ) -> None:
     """Two recognizers count as one whose cosine is the mean of theirs."""
     msi = MSI(12, 16, 16, 8)
-    msi.load_state_dict(_parts()["msi_state"])
+    msi.load_state_dict(parts()["msi_state"])
     torch.save({"string_to_token": {}, "attention": msi}, tmp_path / "embeddings.pt")
     second = IRSE50(6, STAGES)
     randomize(second, torch.Generator().manual_seed(9))

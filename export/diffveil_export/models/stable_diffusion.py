@@ -1,4 +1,5 @@
-"""Loads the Stable Diffusion 1.x family: a diffusers folder, MSI weights and a recognizer.
+"""Loads the Stable Diffusion 1.x family: a diffusers folder, a repository of the hub in the same
+layout or one file in the original layout, with MSI weights and a recognizer.
 
 MODEL/vae, MODEL/unet            diffusers AutoencoderKL and UNet2DConditionModel
 MODEL/text_encoder, tokenizer    transformers CLIPTextModel, and the tokenizer's vocab.json
@@ -11,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,10 @@ from diffveil_export.models.clip import MSIInput, TextExpander, VisionEmbedder
 from diffveil_export.models.msi import msi_from_state
 from diffveil_export.models.recognizers import load_recognizer
 from diffveil_export.resize import LinearResize, bilinear, crop, pool, separable_matrix
+from diffveil_export.sources.hub import Repository, open_hub
+from diffveil_export.sources.lora import fuse_lora
 from diffveil_export.sources.msi_weights import read_msi
+from diffveil_export.sources.single_file import CLIP_VOCABULARY, is_single_file, read_single_file
 
 __all__ = [
     "CroppedRecognizer",
@@ -34,7 +39,8 @@ __all__ = [
     "load_stable_diffusion",
 ]
 
-_PARTS = ("vae", "unet", "text_encoder", "tokenizer")
+_VOCABULARY = "vocab.json"
+_CLIP_ROWS = 49408
 _ROWS, _COLUMNS = (35, 223), (32, 220)  # of a 256-pixel photo: the published method's framing
 _DEFAULT_SCALE = 0.18215
 
@@ -168,56 +174,154 @@ def is_stable_diffusion_folder(folder: Path) -> bool:
 
 
 def load_stable_diffusion(
-    folder: Path,
+    source: str | Path,
     *,
     msi: Path,
     recognizer: Path | Sequence[Path],
     vision: Path | None = None,
     msi_input: MSIInput = "rgb",
     recognizer_input: str = "auto",
+    lora: Sequence[tuple[Path, float]] = (),
+    tokenizer: Path | None = None,
+    revision: str | None = None,
+    cache: Path | None = None,
 ) -> Components:
     """Load a model of the Stable Diffusion 1.x family.
 
     Args:
-        folder: The diffusers folder.
+        source: A diffusers folder, a repository of the hub in that layout (`owner/name`), or one
+            file in the original layout.
         msi: MSI weights.
         recognizer: A recognizer's file, or several: an ensemble.
-        vision: CLIP vision tower; by default `image_encoder` in `folder`.
+        vision: CLIP vision tower; by default `image_encoder` of the source.
         msi_input: See `VisionEmbedder`.
         recognizer_input: `input_format` of `load_recognizer`.
+        lora: Adapters and their scales, fused in this order.
+        tokenizer: Folder with `vocab.json`; by default the source's own, or CLIP's where a single
+            file has CLIP's vocabulary.
+        revision: Of a repository of the hub.
+        cache: Of the hub; by default the hub library's own.
 
     Raises:
         OptionError: Parts or tensors are missing, unexpected or do not fit; all are named.
     """
-    import diffusers
-    import transformers
-
-    # These packages' methods carry no types.
-    vae_class: Any = diffusers.AutoencoderKL
-    unet_class: Any = diffusers.UNet2DConditionModel
-    text_class: Any = transformers.CLIPTextModel
-    vision_class: Any = transformers.CLIPVisionModel
-    vision = vision or folder / "image_encoder"
     recognizers = [recognizer] if isinstance(recognizer, Path) else list(recognizer)
-    wanted = [*(folder / part for part in _PARTS), vision, msi, *recognizers]
-    missing = [str(path) for path in wanted if not path.exists()]
+    named = [msi, *recognizers, *(p for p in (vision, tokenizer) if p), *(file for file, _ in lora)]
+    folder = Path(source)
+    if folder.is_dir():
+        named += [folder / part for part in ("vae", "unet", "text_encoder")]
+        named += [] if tokenizer else [folder / "tokenizer"]
+        named += [] if vision else [folder / "image_encoder"]
+    missing = [str(path) for path in named if not path.exists()]
     if missing:
         raise OptionError(f"missing for a Stable Diffusion export: {', '.join(missing)}")
+    networks = _networks(source, vision, tokenizer, revision, cache)
     loaded = load_recognizer(recognizers, input_format=recognizer_input)
-    local = {"local_files_only": True, "torch_dtype": torch.float32}
+    provenance = {**networks.provenance, **loaded.provenance}
+    for index, (file, scale) in enumerate(lora, 1):
+        (stated,) = fuse_lora(networks.unet, networks.text, file, scale).values()
+        provenance[f"lora_{index}"] = stated
     return assemble(
-        name=folder.name,
-        vae=vae_class.from_pretrained(folder / "vae", **local),
-        unet=unet_class.from_pretrained(folder / "unet", **local),
-        text=text_class.from_pretrained(folder / "text_encoder", local_files_only=True).float(),
-        vision=vision_class.from_pretrained(vision, local_files_only=True).float(),
-        vocabulary=json.loads((folder / "tokenizer" / "vocab.json").read_text(encoding="utf-8")),
+        name=networks.name,
+        vae=networks.vae,
+        unet=networks.unet,
+        text=networks.text,
+        vision=networks.vision,
+        vocabulary=networks.vocabulary,
         msi_state=read_msi(msi),
         recognizer=loaded.module,
         msi_input=msi_input,
-        schedule=_schedule(folder / "scheduler" / "scheduler_config.json"),
-        provenance=loaded.provenance,
+        schedule=networks.schedule,
+        provenance=provenance,
     )
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """What a source gave, before MSI and recognizer join it."""
+
+    name: str
+    vae: Any
+    unet: Any
+    text: Any
+    vision: Any
+    vocabulary: Mapping[str, int]
+    schedule: NoiseSchedule
+    provenance: Mapping[str, str]
+
+
+def _networks(
+    source: str | Path,
+    vision: Path | None,
+    tokenizer: Path | None,
+    revision: str | None,
+    cache: Path | None,
+) -> _Networks:
+    import diffusers
+    import transformers
+
+    vision_class: Any = transformers.CLIPVisionModel
+
+    def tower(repository: Repository | None) -> Any:
+        if vision is not None:
+            local = Repository(str(vision), {"local_files_only": True})
+            return local.load(vision_class, "").float()
+        if repository is None:
+            raise OptionError(f"'{source}' is a single file without a vision tower: give --vision")
+        return repository.load(vision_class, "image_encoder").float()
+
+    if is_single_file(Path(source)):
+        file = Path(source)
+        own_tower = tower(None)
+        parts = read_single_file(file)
+        if tokenizer is None and parts.text.config.vocab_size != _CLIP_ROWS:
+            raise OptionError(
+                f"'{source}' has a vocabulary of {parts.text.config.vocab_size} tokens, not CLIP's "
+                f"{_CLIP_ROWS}: give --tokenizer, a folder with vocab.json"
+            )
+        vocabulary = CLIP_VOCABULARY if tokenizer is None else _vocabulary(tokenizer / _VOCABULARY)
+        return _Networks(
+            name=file.stem,
+            vae=parts.vae,
+            unet=parts.unet,
+            text=parts.text,
+            vision=own_tower,
+            vocabulary=vocabulary,
+            schedule=NoiseSchedule(),
+            provenance={"source": f"{file.name}, original layout"},
+        )
+    repository = Repository(str(source), {"local_files_only": True})
+    provenance = {}
+    if not Path(source).is_dir():
+        repository = open_hub(str(source), revision=revision, cache=cache)
+        provenance = {"source": f"{source}, commit {repository.commit}"}
+    words = repository.file(f"tokenizer/{_VOCABULARY}")
+    if tokenizer is not None:
+        words = tokenizer / _VOCABULARY
+    if words is None:
+        raise OptionError(f"'{source}' has no tokenizer/{_VOCABULARY}: give --tokenizer")
+    # These packages' classes carry no types.
+    vae_class: Any = diffusers.AutoencoderKL
+    unet_class: Any = diffusers.UNet2DConditionModel
+    text_class: Any = transformers.CLIPTextModel
+    return _Networks(
+        name=Path(source).name,
+        vae=repository.load(vae_class, "vae", torch_dtype=torch.float32),
+        unet=repository.load(unet_class, "unet", torch_dtype=torch.float32),
+        text=repository.load(text_class, "text_encoder").float(),
+        vision=tower(repository),
+        vocabulary=_vocabulary(words),
+        schedule=_schedule(repository.file("scheduler/scheduler_config.json")),
+        provenance=provenance,
+    )
+
+
+def _vocabulary(file: Path) -> dict[str, int]:
+    try:
+        words: dict[str, int] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise OptionError(f"'{file}' cannot be read as a vocabulary: {error}") from error
+    return words
 
 
 def _prompts(vocabulary: Mapping[str, int], length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -232,9 +336,9 @@ def _prompts(vocabulary: Mapping[str, int], length: int) -> tuple[torch.Tensor, 
     return torch.tensor(prompt), torch.tensor(empty)
 
 
-def _schedule(file: Path) -> NoiseSchedule:
-    """The schedule that the folder states; SD 1.x's where it states none."""
-    if not file.is_file():
+def _schedule(file: Path | None) -> NoiseSchedule:
+    """The schedule that the source states; SD 1.x's where it states none."""
+    if file is None:
         return NoiseSchedule()
     config = json.loads(file.read_text(encoding="utf-8"))
     expected = {"beta_schedule": "scaled_linear", "prediction_type": "epsilon"}

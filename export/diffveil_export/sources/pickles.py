@@ -148,6 +148,11 @@ class _Machine(pickle.Unpickler):
             ("builtins", "set"): _as_set,
             ("__builtin__", "set"): _as_set,
             ("torch", "Size"): tuple,
+            # Training frameworks note scores as NumPy scalars beside the weights.
+            ("numpy", "dtype"): _passed_over,
+            ("numpy.core.multiarray", "scalar"): _passed_over,
+            ("numpy._core.multiarray", "scalar"): _passed_over,
+            ("_codecs", "encode"): _passed_over,
             ("torch._utils", "_rebuild_tensor_v2"): self._tensor,
             ("torch._utils", "_rebuild_parameter"): _parameter,
             **{("torch", name): dtype for name, dtype in _STORAGES.items()},
@@ -194,6 +199,11 @@ class _Machine(pickle.Unpickler):
         if numbers.dtype != storage.dtype or len(numbers) != storage.count:
             raise OptionError("a storage is described in two ways")
         return numbers.as_strided(sizes, strides, start).clone()
+
+
+def _passed_over(*_: Any) -> _Shell:
+    """Stands for a value that is of no interest; nothing is made of what it was told."""
+    return object.__new__(_Shell)
 
 
 def _as_set(items: Any = ()) -> frozenset[Any]:

@@ -1,0 +1,101 @@
+"""Where the parts of a diffusers model lie: a folder, or a repository of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffveil.errors import OptionError
+
+__all__ = ["Repository", "is_hub_id", "open_hub"]
+
+_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a source that is no path here reads like `owner/name`."""
+    return bool(_ID.fullmatch(text)) and not Path(text).exists()
+
+
+@dataclass(frozen=True)
+class Repository:
+    """A model in diffusers' layout.
+
+    Attributes:
+        source: Folder, or id on the hub: what `from_pretrained` takes.
+        arguments: Further arguments of `from_pretrained`.
+        commit: Commit of the hub's repository; empty for a folder.
+    """
+
+    source: str
+    arguments: dict[str, Any]
+    commit: str = ""
+
+    def load(self, kind: Any, part: str, **options: Any) -> Any:
+        """`kind.from_pretrained` for a subfolder, safetensors alone.
+
+        Raises:
+            OptionError: The part is missing, or has no safetensors.
+        """
+        try:
+            return kind.from_pretrained(
+                self.source, subfolder=part, use_safetensors=True, **self.arguments, **options
+            )
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise OptionError(
+                f"'{self.source}': part '{part}' cannot be loaded: {first} (weights are read from "
+                "safetensors only)"
+            ) from error
+
+    def file(self, name: str) -> Path | None:
+        """A single file, such as `tokenizer/vocab.json`; None if there is none."""
+        if not self.commit:
+            path = Path(self.source) / name
+            return path if path.is_file() else None
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+        try:
+            return Path(hf_hub_download(self.source, name, **self.arguments))
+        except (EntryNotFoundError, LocalEntryNotFoundError):
+            return None
+
+
+def open_hub(name: str, *, revision: str | None = None, cache: Path | None = None) -> Repository:
+    """Find a repository in the local cache, or on the hub.
+
+    A cached copy is used without asking the hub, so that the same command gives the same bundle,
+    with or without a network; name a revision to move on.
+
+    Args:
+        name: `owner/name`.
+        revision: Branch, tag or commit; by default `main`.
+        cache: Cache folder; by default the hub library's own (`HF_HOME`).
+
+    Raises:
+        OptionError: The repository is not cached and the hub cannot be reached, or has none such.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    arguments: dict[str, Any] = {"revision": revision, "cache_dir": cache}
+    marker = "unet/config.json"
+    local = True
+    try:
+        path = hf_hub_download(name, marker, local_files_only=True, **arguments)
+    except LocalEntryNotFoundError:
+        local = False
+        try:
+            path = hf_hub_download(name, marker, **arguments)
+        except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+            at = f" at revision '{revision}'" if revision else ""
+            raise OptionError(
+                f"'{name}' is neither a folder or file here nor in the cache of the Hugging Face "
+                f"hub{at}, and the hub did not give it ({type(error).__name__}): check the name, "
+                "download it once with `hf download`, or give a local folder"
+            ) from error
+    commit = Path(path).parent.parent.name
+    return Repository(name, {**arguments, "local_files_only": local, "revision": commit}, commit)
