@@ -91,6 +91,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder with vocab.json (default: SOURCE/tokenizer, or CLIP's for a single file)",
     )
+    sd.add_argument(
+        "--guide-decoder",
+        type=Path,
+        metavar="DIR",
+        help="diffusers AutoencoderTiny (TAESD) that guide goes through instead of the full "
+        "decoder: a much cheaper gradient; measure what it does to protection",
+    )
     sd.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     sd.add_argument(
         "--msi-input",
@@ -141,8 +148,8 @@ def _load(args: argparse.Namespace) -> Components:
     from diffveil_export.sources.single_file import is_single_file
 
     if is_reference_folder(Path(args.source)):
-        given = ("msi", "recognizer", "vision", "lora", "tokenizer", "revision")
-        unused = [f"--{option}" for option in given if getattr(args, option)]
+        given = ("msi", "recognizer", "vision", "lora", "tokenizer", "revision", "guide_decoder")
+        unused = [f"--{option.replace('_', '-')}" for option in given if getattr(args, option)]
         if unused:
             raise OptionError(f"{', '.join(unused)}: a reference-family folder brings its own")
         return load_reference(Path(args.source))
@@ -166,6 +173,7 @@ def _load(args: argparse.Namespace) -> Components:
         lora=[parse_lora(text) for text in args.lora],
         tokenizer=args.tokenizer,
         revision=args.revision,
+        guide_decoder=args.guide_decoder,
     )
 
 

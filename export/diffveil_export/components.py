@@ -21,6 +21,7 @@ __all__ = [
     "ARCFACE_TEMPLATE",
     "Autoencoder",
     "Components",
+    "Decoder",
     "Denoiser",
     "Embedder",
     "Expander",
@@ -65,6 +66,14 @@ class Autoencoder(Protocol):
     def encode(self, image: torch.Tensor) -> torch.Tensor:
         """Scaled latent mean [B, C, s, s] of images [B, 3, S, S] in [-1, 1]."""
         ...
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, S, S] of scaled latents [B, C, s, s]."""
+        ...
+
+
+class Decoder(Protocol):
+    """The half of an autoencoder that `guide` goes through."""
 
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, S, S] of scaled latents [B, C, s, s]."""
@@ -125,6 +134,7 @@ class Components:
         provenance: Where the weights come from, by topic.
         source: Constructor arguments of each network, for families that `models.embedded` can
             rebuild from a bundle; empty otherwise.
+        guide_decoder: What `guide` decodes with instead of `autoencoder`; None for that.
         card: Text of the model card that travels in the bundle; empty if there is none.
     """
 
@@ -142,6 +152,7 @@ class Components:
     thresholds: Mapping[str, float] = field(default_factory=dict)
     provenance: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    guide_decoder: Decoder | None = None
     card: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -150,14 +161,21 @@ class Components:
 
     def modules(self) -> dict[str, nn.Module]:
         """The networks by field name."""
-        parts = {
+        parts: dict[str, object] = {
             "autoencoder": self.autoencoder,
             "unet": self.unet,
             "embedder": self.embedder,
             "expander": self.expander,
             "recognizer": self.recognizer,
         }
+        if self.guide_decoder is not None:
+            parts["guide_decoder"] = self.guide_decoder
         return {name: cast(nn.Module, part) for name, part in parts.items()}
+
+    @property
+    def guide_parts(self) -> tuple[Decoder, Recognizer]:
+        """What `guide` goes through: a decoder, then the recognizer."""
+        return self.guide_decoder or self.autoencoder, self.recognizer
 
     def to(self, dtype: torch.dtype) -> Components:
         """The same model in another floating-point type; the networks are changed in place."""

@@ -175,9 +175,7 @@ def _lower(
         batch = tuple(
             tuple(i for i, axis in enumerate(t.axes) if axis in DYNAMIC_AXES) for t in spec.inputs
         )
-        guide = Guide(
-            components.autoencoder, components.recognizer, precision, loss_scale or 1.0
-        ).eval()
+        guide = Guide(*components.guide_parts, precision, loss_scale or 1.0).eval()
         return lower(trace_gradient(guide, inputs, batch), spec, inputs, opset=opset)
     module = wrap(components, spec.name)
     if precision != "float32":

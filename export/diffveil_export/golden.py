@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save
+from torch import nn
 
 from diffveil.golden import GOLDEN_FILE
 from diffveil.programs import DYNAMIC_AXES, PROGRAMS, Dimensions
@@ -80,10 +82,8 @@ def compute_golden(components: Components) -> Golden:
         module = wrap(components, spec.name)
         if spec.name == "guide":
             # The way back takes a minute at full size: the one run serves both ends.
-            parts = components.modules()
-            scale, results = choose_loss_scale(
-                module, tuple(inputs), [parts["autoencoder"], parts["recognizer"]]
-            )
+            parts = [cast(nn.Module, part) for part in components.guide_parts]
+            scale, results = choose_loss_scale(module, tuple(inputs), parts)
         else:
             with torch.no_grad():
                 result = module(*inputs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from diffveil_export.models._unet import DiffusersUNet
 from diffveil_export.models.clip import MSIInput, TextExpander, VisionEmbedder
 from diffveil_export.models.msi import msi_from_state
 from diffveil_export.models.recognizers import load_recognizer
+from diffveil_export.models.tiny_decoder import load_tiny_decoder
 from diffveil_export.resize import LinearResize, bilinear, crop, pool, separable_matrix
 from diffveil_export.sources.hub import Repository, open_hub
 from diffveil_export.sources.lora import fuse_lora
@@ -185,6 +186,7 @@ def load_stable_diffusion(
     tokenizer: Path | None = None,
     revision: str | None = None,
     cache: Path | None = None,
+    guide_decoder: Path | None = None,
 ) -> Components:
     """Load a model of the Stable Diffusion 1.x family.
 
@@ -201,12 +203,18 @@ def load_stable_diffusion(
             file has CLIP's vocabulary.
         revision: Of a repository of the hub.
         cache: Of the hub; by default the hub library's own.
+        guide_decoder: diffusers folder of an `AutoencoderTiny` that `guide` shall go through.
 
     Raises:
         OptionError: Parts or tensors are missing, unexpected or do not fit; all are named.
     """
     recognizers = [recognizer] if isinstance(recognizer, Path) else list(recognizer)
-    named = [msi, *recognizers, *(p for p in (vision, tokenizer) if p), *(file for file, _ in lora)]
+    named = [
+        msi,
+        *recognizers,
+        *(p for p in (vision, tokenizer, guide_decoder) if p),
+        *(file for file, _ in lora),
+    ]
     folder = Path(source)
     if folder.is_dir():
         named += [folder / part for part in ("vae", "unet", "text_encoder")]
@@ -221,7 +229,7 @@ def load_stable_diffusion(
     for index, (file, scale) in enumerate(lora, 1):
         (stated,) = fuse_lora(networks.unet, networks.text, file, scale).values()
         provenance[f"lora_{index}"] = stated
-    return assemble(
+    components = assemble(
         name=networks.name,
         vae=networks.vae,
         unet=networks.unet,
@@ -233,6 +241,15 @@ def load_stable_diffusion(
         msi_input=msi_input,
         schedule=networks.schedule,
         provenance=provenance,
+    )
+    if guide_decoder is None:
+        return components
+    d = components.dimensions
+    latent = torch.zeros(1, d.latent_channels, d.latent_size, d.latent_size)
+    return replace(
+        components,
+        guide_decoder=load_tiny_decoder(guide_decoder, components.autoencoder, latent),
+        provenance={**components.provenance, "guide_decoder": guide_decoder.name},
     )
 
 
@@ -304,10 +321,11 @@ def _networks(
     vae_class: Any = diffusers.AutoencoderKL
     unet_class: Any = diffusers.UNet2DConditionModel
     text_class: Any = transformers.CLIPTextModel
+    exact = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     return _Networks(
         name=Path(source).name,
-        vae=repository.load(vae_class, "vae", torch_dtype=torch.float32),
-        unet=repository.load(unet_class, "unet", torch_dtype=torch.float32),
+        vae=repository.load(vae_class, "vae", **exact),
+        unet=repository.load(unet_class, "unet", **exact),
         text=repository.load(text_class, "text_encoder").float(),
         vision=tower(repository),
         vocabulary=_vocabulary(words),

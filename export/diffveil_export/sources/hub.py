@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,12 @@ class Repository:
             OptionError: The part is missing, or has no safetensors.
         """
         try:
-            return kind.from_pretrained(
-                self.source, subfolder=part, use_safetensors=True, **self.arguments, **options
-            )
+            with warnings.catch_warnings():
+                # diffusers and the hub library disagree about an argument of their own.
+                warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
+                return kind.from_pretrained(
+                    self.source, subfolder=part, use_safetensors=True, **self.arguments, **options
+                )
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
             raise OptionError(

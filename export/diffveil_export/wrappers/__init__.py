@@ -39,6 +39,6 @@ def wrap(components: Components, program: str) -> nn.Module:
         "expand": Expand(c.expander),
         "denoise": Denoise(c.unet),
         "recognize": Recognize(c.recognizer),
-        "guide": Guide(c.autoencoder, c.recognizer),
+        "guide": Guide(*c.guide_parts),
     }
     return modules[program].eval()

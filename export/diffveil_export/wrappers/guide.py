@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from diffveil_export.components import Autoencoder, Recognizer
+from diffveil_export.components import Decoder, Recognizer
 from diffveil_export.energy import identity_energy
 from diffveil_export.precision import Precision, arithmetic
 
@@ -19,7 +19,7 @@ class Guide(nn.Module):
     and the energy are float32 whatever the precision of the networks.
 
     Args:
-        autoencoder: Decodes x0.
+        decoder: Decodes x0.
         recognizer: Embeds the decoded photo.
         precision: Arithmetic of both.
         loss_scale: Multiplies the energy before, and divides the gradient after the backward pass,
@@ -28,13 +28,13 @@ class Guide(nn.Module):
 
     def __init__(
         self,
-        autoencoder: Autoencoder,
+        decoder: Decoder,
         recognizer: Recognizer,
         precision: Precision = "float32",
         loss_scale: float = 1.0,
     ) -> None:
         super().__init__()
-        self.autoencoder = autoencoder
+        self.decoder = decoder
         self.recognizer = recognizer
         self.precision: Precision = precision
         self.loss_scale = loss_scale
@@ -51,7 +51,7 @@ class Guide(nn.Module):
         with torch.enable_grad():
             x0 = x0.detach().requires_grad_(True)
             with arithmetic(self.precision):
-                embedding = self.recognizer(self.autoencoder.decode(x0)).to(x0.dtype)
+                embedding = self.recognizer(self.decoder.decode(x0)).to(x0.dtype)
             energy = identity_energy(embedding, anchor, repel, attract, sibling)
             total = energy.sum() if self.loss_scale == 1 else energy.sum() * self.loss_scale
             (gradient,) = torch.autograd.grad(total, x0)
