@@ -33,7 +33,7 @@ class ProgramPlan:
 
     Attributes:
         program: Its name.
-        parameters: Numbers in its weights.
+        parameters: Numbers in the weights of the networks that it is cut from.
         weight_bytes: Bytes of its weights as stored; programs share them in the bundle.
         flops: Operations of one call with one face, convolutions and matrix products only.
         seconds: Rough time to export and verify it on two cores.
