@@ -19,7 +19,7 @@ from typing import Any
 from diffveil._manifest import FORMAT, VERSION, Cost, ParityEntry
 from diffveil.bundle import MANIFEST_FILE
 from diffveil.errors import OptionError
-from diffveil.programs import PROGRAMS, STAGES
+from diffveil.programs import STAGES
 from diffveil_export.components import Components
 
 __all__ = ["ProgramFacts", "staged_folder", "write_manifest"]
@@ -115,7 +115,7 @@ def write_manifest(
         provenance: Added to the model's own.
     """
     d = components.dimensions
-    onnx_files = {f"{name}.onnx" for name in PROGRAMS}
+    onnx_files = {f"{name}.onnx" for name in facts}
     manifest = {
         "format": FORMAT,
         "version": VERSION,
@@ -149,7 +149,7 @@ def write_manifest(
                     for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs))
                 },
             }
-            for spec in PROGRAMS.values()
+            for spec in components.programs
         },
         "files": {
             file.name: _digest(file)

@@ -98,6 +98,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="diffusers AutoencoderTiny (TAESD) that guide goes through instead of the full "
         "decoder: a much cheaper gradient; measure what it does to protection",
     )
+    sd.add_argument(
+        "--parser",
+        type=Path,
+        metavar="FILE",
+        help="BiSeNet face parsing weights (19 classes): adds the program parse, so that hair and "
+        "hands in front of a face stay the photo's",
+    )
     sd.add_argument("--revision", metavar="REV", help="branch, tag or commit on the hub")
     sd.add_argument(
         "--msi-input",
@@ -148,7 +155,16 @@ def _load(args: argparse.Namespace) -> Components:
     from diffveil_export.sources.single_file import is_single_file
 
     if is_reference_folder(Path(args.source)):
-        given = ("msi", "recognizer", "vision", "lora", "tokenizer", "revision", "guide_decoder")
+        given = (
+            "msi",
+            "recognizer",
+            "vision",
+            "lora",
+            "tokenizer",
+            "revision",
+            "guide_decoder",
+            "parser",
+        )
         unused = [f"--{option.replace('_', '-')}" for option in given if getattr(args, option)]
         if unused:
             raise OptionError(f"{', '.join(unused)}: a reference-family folder brings its own")
@@ -174,6 +190,7 @@ def _load(args: argparse.Namespace) -> Components:
         tokenizer=args.tokenizer,
         revision=args.revision,
         guide_decoder=args.guide_decoder,
+        parser=args.parser,
     )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffveil.programs import STAGES, Dimensions
+from diffveil.programs import ALL_PROGRAMS, STAGES, Dimensions, ProgramSpec
 from diffveil.schedule import NoiseSchedule
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "Denoiser",
     "Embedder",
     "Expander",
+    "Parser",
     "Recognizer",
     "arcface_template",
     "measure_dimensions",
@@ -106,6 +107,14 @@ class Expander(Protocol):
         ...
 
 
+class Parser(Protocol):
+    """Face parser, its resizing included."""
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        """Probability of being the face [B, 1, S, S] of images [B, 3, S, S] in [-1, 1]."""
+        ...
+
+
 class Recognizer(Protocol):
     """Face recognizer, its crop and resize included."""
 
@@ -134,6 +143,7 @@ class Components:
         provenance: Where the weights come from, by topic.
         source: Constructor arguments of each network, for families that `models.embedded` can
             rebuild from a bundle; empty otherwise.
+        parser: Image to where the face is; None for a bundle without `parse`.
         guide_decoder: What `guide` decodes with instead of `autoencoder`; None for that.
         card: Text of the model card that travels in the bundle; empty if there is none.
     """
@@ -153,6 +163,7 @@ class Components:
     provenance: Mapping[str, str] = field(default_factory=dict)
     source: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     guide_decoder: Decoder | None = None
+    parser: Parser | None = None
     card: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -170,7 +181,15 @@ class Components:
         }
         if self.guide_decoder is not None:
             parts["guide_decoder"] = self.guide_decoder
+        if self.parser is not None:
+            parts["parser"] = self.parser
         return {name: cast(nn.Module, part) for name, part in parts.items()}
+
+    @property
+    def programs(self) -> tuple[ProgramSpec, ...]:
+        """The programs that a bundle of this model holds, in the order of their export."""
+        optional = {"parse": self.parser}
+        return tuple(s for s in ALL_PROGRAMS.values() if optional.get(s.name, s) is not None)
 
     @property
     def guide_parts(self) -> tuple[Decoder, Recognizer]:

@@ -20,7 +20,7 @@ from diffveil.engines import ONNXRuntimeCPU
 from diffveil.errors import OptionError
 from diffveil.golden import check_backend
 from diffveil.parity import OutputParity
-from diffveil.programs import DYNAMIC_AXES, PROGRAMS, ProgramSpec
+from diffveil.programs import DYNAMIC_AXES, ProgramSpec
 from diffveil_export.bundle_writer import ProgramFacts, staged_folder, write_manifest
 from diffveil_export.components import Components
 from diffveil_export.cost import program_cost
@@ -105,7 +105,7 @@ def export_bundle(
         golden.write(folder)
         store = DataFile(folder / WEIGHTS_FILE)
         facts = {}
-        for spec in PROGRAMS.values():
+        for spec in components.programs:
             say(f"exporting {spec.name}")
             scaled = spec.name == "guide" and precision == "float16"
             scale = golden.loss_scale if scaled else None
@@ -198,7 +198,8 @@ def _verify(
         rows = check_backend(bundle, backend)
         if is_large(components.dimensions):
             return rows
-        for name in PROGRAMS:
+        for spec in components.programs:
+            name = spec.name
             engine = backend.load(bundle, name)
             module = wrap(components, name)
             rows += check_program(module, engine, components.dimensions, precision=precision)
@@ -214,7 +215,7 @@ def _widened(bundle: Bundle, folder: Path) -> Bundle:
             os.link(bundle.path / file, folder / file)
         except OSError:
             shutil.copyfile(bundle.path / file, folder / file)
-    for name in PROGRAMS:
+    for name in bundle.manifest.programs:
         model = ir.load(bundle.path / f"{name}.onnx")
         WidenBFloat16()(model)
         ir.save(model, folder / f"{name}.onnx")

@@ -14,7 +14,7 @@ from safetensors.torch import save
 from torch import nn
 
 from diffveil.golden import GOLDEN_FILE
-from diffveil.programs import DYNAMIC_AXES, PROGRAMS, Dimensions
+from diffveil.programs import DYNAMIC_AXES, Dimensions
 from diffveil_export.components import Components
 from diffveil_export.precision import choose_loss_scale
 from diffveil_export.verify import random_tensor
@@ -62,7 +62,7 @@ def compute_golden(components: Components) -> Golden:
     generator = torch.Generator().manual_seed(_SEED)
     d = components.dimensions
     stored: dict[str, torch.Tensor] = {}
-    for tensor in (t for spec in PROGRAMS.values() for t in spec.inputs):
+    for tensor in (t for spec in components.programs for t in spec.inputs):
         name = f"inputs.{tensor.name}"
         if name not in stored:
             rows = 1 if tensor.name == "image" else _ROWS
@@ -71,7 +71,7 @@ def compute_golden(components: Components) -> Golden:
 
     outputs: dict[str, torch.Tensor] = {}
     scale = 1.0
-    for spec in PROGRAMS.values():
+    for spec in components.programs:
         photos = any(t.name == "image" for t in (*spec.inputs, *spec.outputs))
         rows = 1 if photos or (spec.name == "guide" and is_large(d)) else _ROWS
         inputs = []

@@ -9,7 +9,6 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from diffveil.programs import PROGRAMS
 from diffveil_export.components import Components
 from diffveil_export.golden import is_large
 from diffveil_export.precision import Precision
@@ -59,7 +58,7 @@ def plan_export(
     width = _BYTES[storage if precision == "float32" else precision]
     runs = 1 if is_large(components.dimensions) else 1 + 1 + 3  # golden inputs, batches 1 and 3
     plans = []
-    for spec in PROGRAMS.values():
+    for spec in components.programs:
         module = wrap(components, spec.name)
         parameters = sum(p.numel() for p in _weights(module))
         layers = sum(1 for m in module.modules() if not list(m.children()))

@@ -12,7 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffveil.errors import BundleError, BundleVersionError
-from diffveil.programs import PROGRAMS, STAGES, Dimensions, ProgramSpec, TensorSpec
+from diffveil.programs import (
+    ALL_PROGRAMS,
+    OPTIONAL_PROGRAMS,
+    PROGRAMS,
+    STAGES,
+    Dimensions,
+    ProgramSpec,
+    TensorSpec,
+)
 from diffveil.schedule import NoiseSchedule
 
 __all__ = [
@@ -375,10 +383,11 @@ def parse_manifest(content: Any) -> Manifest:
     if [len(point) for point in template] != [2] * 5:
         r.wrong("template", "five points (x, y)")
 
-    entries = r.object(top.get("programs"), "programs", tuple(PROGRAMS))
+    entries = r.object(top.get("programs"), "programs", tuple(PROGRAMS), tuple(OPTIONAL_PROGRAMS))
     programs = {
         name: r.program(entries.get(name), f"programs.{name}", spec, dimensions)
-        for name, spec in PROGRAMS.items()
+        for name, spec in ALL_PROGRAMS.items()
+        if name in PROGRAMS or name in entries
     }
     files = {
         name: r.file(value, f"files.{name[:128]}", name)

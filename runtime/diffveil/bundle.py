@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffveil._manifest import FileEntry, Manifest, ProgramEntry, parse_manifest
 from diffveil.errors import BundleCorruptError, BundleError
-from diffveil.programs import PROGRAMS, Dimensions
+from diffveil.programs import Dimensions
 
 __all__ = [
     "CONSTANTS_FILE",
@@ -170,8 +170,9 @@ class Bundle:
         try:
             return self.manifest.programs[name]
         except KeyError:
+            known = ", ".join(self.manifest.programs)
             raise BundleError(
-                f"bundle '{self.name}' has no program '{name}'; programs: {', '.join(PROGRAMS)}"
+                f"bundle '{self.name}' has no program '{name}'; programs: {known}"
             ) from None
 
     def program_path(self, name: str) -> Path:

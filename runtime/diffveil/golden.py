@@ -18,7 +18,7 @@ from diffveil.bundle import Bundle
 from diffveil.engines import Backend
 from diffveil.errors import BundleCorruptError, BundleError, EngineError
 from diffveil.parity import OutputParity, compare, describe
-from diffveil.programs import DYNAMIC_AXES, PROGRAMS, TensorSpec
+from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES, TensorSpec
 
 __all__ = ["GOLDEN_FILE", "check_backend", "load_golden", "require_golden"]
 
@@ -63,7 +63,7 @@ def _checked(bundle: Bundle, tensors: _Tensors) -> _Tensors:
     result: _Tensors = {}
     problems = []
     for program in bundle.manifest.programs:
-        spec = PROGRAMS[program]
+        spec = ALL_PROGRAMS[program]
         for output in spec.outputs:
             name = f"outputs.{program}.{output.name}"
             problem = _problem(bundle, output, tensors.get(name), ("float32",))
@@ -139,7 +139,7 @@ def check_backend(
         entry = bundle.program(name)
         if progress is not None:
             progress(name)
-        spec, count = PROGRAMS[name], _rows(tensors, name)
+        spec, count = ALL_PROGRAMS[name], _rows(tensors, name)
         feed = {}
         for tensor in spec.inputs:
             # A matrix of pairs is cut in both dimensions.

@@ -61,6 +61,22 @@ class FaceBatch:
         return len(self.crops)
 
     @cached_property
+    def masks(self) -> _F32:
+        """Where the face is in the latent: float32 [N, 1, s, s], 0 … 1.
+
+        An ellipse about the template, and within it what `parse` takes for the face, where the
+        bundle has that program: hair across the forehead and a hand at the chin stay the photo's.
+        """
+        bundle, size = self._programs.bundle, self._programs.bundle.dimensions.latent_size
+        mask = face_mask(bundle.image_size, bundle.template)
+        if not self._programs.can("parse"):
+            shape = (len(self.crops), 1, size, size)
+            return np.broadcast_to(latent_mask(mask, size), shape).astype(np.float32)
+        faces = in_chunks(self._programs.parse, self._max_batch, image=self.crops)
+        cut = [latent_mask(mask * face, size) for face in faces[:, 0].clip(0, 1)]
+        return np.stack(cut)[:, None]
+
+    @cached_property
     def latents(self) -> Latent:
         """Encoded crops, float32 [N, C, s, s]."""
         return in_chunks(self._programs.encode, self._max_batch, image=self.crops)
@@ -261,7 +277,10 @@ class FaceOperations:
             variants=variants,
             max_batch=self.max_batch,
         )
-        blend = self._keep_background(plan, clean, noise) if plan.background_below else None
+        blend = None
+        if plan.background_below:
+            masks = np.repeat(faces.masks, variants, axis=0)
+            blend = self._keep_background(plan, clean, noise, masks)
         x, _ = run(table, x, denoise, gradient=gradient, blend=blend, progress=progress)
         images = self._decode(x)
         return images.reshape(len(faces), variants, *images.shape[1:])
@@ -281,10 +300,8 @@ class FaceOperations:
         signal, sigma = self.schedule.signal(start), self.schedule.noise(start)
         return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)
 
-    def _keep_background(self, plan: Plan, clean: Latent, noise: Latent) -> Blend:
+    def _keep_background(self, plan: Plan, clean: Latent, noise: Latent, mask: _F32) -> Blend:
         """Outside the face the latent becomes the photo's again, late in the run."""
-        size = self.bundle.image_size
-        mask = latent_mask(face_mask(size, self.bundle.template), clean.shape[-1])
 
         def blend(x: Latent, step: Step) -> Latent:
             if step.timestep >= plan.background_below:

@@ -23,7 +23,9 @@ from numpy.typing import NDArray
 from diffveil.errors import EngineError
 
 __all__ = [
+    "ALL_PROGRAMS",
     "DYNAMIC_AXES",
+    "OPTIONAL_PROGRAMS",
     "PROGRAMS",
     "STAGES",
     "Dimensions",
@@ -104,6 +106,7 @@ class Dimensions:
             "E": self.embedding_width,
             "K": self.stages,
             "RGB": 3,
+            "ONE": 1,
         }[axis]
 
 
@@ -173,7 +176,22 @@ PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
         )
     }
 )
-"""Every program a bundle holds, by name, in the order in which they are exported."""
+"""Every program that all bundles hold, by name, in the order in which they are exported."""
+
+OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
+    {
+        "parse": ProgramSpec(
+            "parse",
+            "image to the probability that a pixel belongs to the face",
+            (TensorSpec("image", _IMAGE),),
+            (TensorSpec("face", ("B", "ONE", "S", "S")),),
+        )
+    }
+)
+"""Programs that a bundle may hold besides."""
+
+ALL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType({**PROGRAMS, **OPTIONAL_PROGRAMS})
+"""Every program that there is."""
 
 
 def check_inputs(

@@ -20,7 +20,7 @@ from diffveil.engines.records import (
     read_records,
 )
 from diffveil.errors import EngineError, OptionError
-from diffveil.programs import PROGRAMS
+from diffveil.programs import ALL_PROGRAMS
 from diffveil_export.engines.profiles import BatchRange, profile_of
 from diffveil_export.engines.progress import BuildProgress, cancel_on_interrupt
 from diffveil_export.engines.records import publish, reason_to_build
@@ -57,7 +57,7 @@ class BuildOptions:
 
     targets: tuple[str, ...] = (PRESENT,)
     batch: tuple[int, ...] = (1, 4, 8)
-    programs: tuple[str, ...] = tuple(PROGRAMS)
+    programs: tuple[str, ...] | None = None
     weights: WeightForm = "folded"
     native: NativeOptions = field(default_factory=NativeOptions)
     force: bool = False
@@ -65,11 +65,12 @@ class BuildOptions:
 
     def __post_init__(self) -> None:
         problems = [
-            f"programs: '{name}' is none of {', '.join(PROGRAMS)}"
-            for name in self.programs
-            if name not in PROGRAMS
+            f"programs: '{name}' is none of {', '.join(ALL_PROGRAMS)}"
+            for name in self.programs or ()
+            if name not in ALL_PROGRAMS
         ]
-        if not self.programs or len(set(self.programs)) != len(self.programs):
+        named = self.programs
+        if named is not None and (not named or len(set(named)) != len(named)):
             problems.append("programs: expected one or more different programs")
         if self.weights not in WEIGHT_FORMS:
             problems.append(f"weights: received '{self.weights}', expected one of {WEIGHT_FORMS}")
@@ -141,7 +142,7 @@ def build_engines(
     results: list[BuildResult] = []
     failures: list[str] = []
     for target in targets:
-        for program in options.programs:
+        for program in options.programs or bundle.manifest.programs:
 
             def report(at: int, total: int, label: str = f"{program} {target}") -> None:
                 if progress is not None:
@@ -176,7 +177,7 @@ def _build(
     batch = BatchRange.of(options.batch)
 
     def profile(network: Any) -> dict[str, ShapeRange]:
-        return profile_of(PROGRAMS[program], bundle.dimensions, batch, network)
+        return profile_of(ALL_PROGRAMS[program], bundle.dimensions, batch, network)
 
     def record(shapes: dict[str, ShapeRange], built: Built | None, seconds: float) -> EngineRecord:
         engine = b"" if built is None else built.engine
@@ -197,7 +198,7 @@ def _build(
             seconds=round(seconds, 2),
         )
 
-    declared = {t.name: t.shape(bundle.dimensions) for t in PROGRAMS[program].inputs}
+    declared = {t.name: t.shape(bundle.dimensions) for t in ALL_PROGRAMS[program].inputs}
     shapes = profile(
         {n: [-1 if isinstance(s, str) else s for s in shape] for n, shape in declared.items()}
     )

@@ -24,7 +24,7 @@ def run(args: argparse.Namespace) -> int:
     options = BuildOptions(
         targets=tuple(args.target),
         batch=tuple(args.batch),
-        programs=tuple(args.programs) if args.programs else BuildOptions.programs,
+        programs=tuple(args.programs) if args.programs else None,
         weights=args.weights,
         native=NativeOptions(
             memory_mib=args.memory,

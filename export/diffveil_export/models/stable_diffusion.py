@@ -23,6 +23,7 @@ from diffveil.errors import OptionError
 from diffveil.schedule import NoiseSchedule
 from diffveil_export.components import Components, arcface_template, measure_dimensions
 from diffveil_export.models._unet import DiffusersUNet
+from diffveil_export.models.bisenet import load_parser
 from diffveil_export.models.clip import MSIInput, TextExpander, VisionEmbedder
 from diffveil_export.models.msi import msi_from_state
 from diffveil_export.models.recognizers import load_recognizer
@@ -187,6 +188,7 @@ def load_stable_diffusion(
     revision: str | None = None,
     cache: Path | None = None,
     guide_decoder: Path | None = None,
+    parser: Path | None = None,
 ) -> Components:
     """Load a model of the Stable Diffusion 1.x family.
 
@@ -203,6 +205,7 @@ def load_stable_diffusion(
             file has CLIP's vocabulary.
         revision: Of a repository of the hub.
         cache: Of the hub; by default the hub library's own.
+        parser: Weights of a face parser, for the optional program `parse`.
         guide_decoder: diffusers folder of an `AutoencoderTiny` that `guide` shall go through.
 
     Raises:
@@ -212,7 +215,7 @@ def load_stable_diffusion(
     named = [
         msi,
         *recognizers,
-        *(p for p in (vision, tokenizer, guide_decoder) if p),
+        *(p for p in (vision, tokenizer, guide_decoder, parser) if p),
         *(file for file, _ in lora),
     ]
     folder = Path(source)
@@ -242,6 +245,12 @@ def load_stable_diffusion(
         schedule=networks.schedule,
         provenance=provenance,
     )
+    if parser is not None:
+        components = replace(
+            components,
+            parser=load_parser(parser, components.dimensions.image_size),
+            provenance={**components.provenance, "parser": parser.name},
+        )
     if guide_decoder is None:
         return components
     d = components.dimensions

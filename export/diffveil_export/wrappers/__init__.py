@@ -15,6 +15,7 @@ from diffveil_export.wrappers.embed import Embed
 from diffveil_export.wrappers.encode import Encode
 from diffveil_export.wrappers.expand import Expand
 from diffveil_export.wrappers.guide import Guide
+from diffveil_export.wrappers.parse import Parse
 from diffveil_export.wrappers.recognize import Recognize
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "Encode",
     "Expand",
     "Guide",
+    "Parse",
     "Recognize",
     "wrap",
 ]
@@ -41,4 +43,6 @@ def wrap(components: Components, program: str) -> nn.Module:
         "recognize": Recognize(c.recognizer),
         "guide": Guide(*c.guide_parts),
     }
+    if c.parser is not None:
+        modules["parse"] = Parse(c.parser)
     return modules[program].eval()

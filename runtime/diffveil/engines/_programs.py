@@ -108,6 +108,18 @@ class Programs:
         """Unit identity embeddings [B, E] of images [B, 3, S, S] in [-1, 1]."""
         return self._only("embedding", self.engine("recognize").run(image=image))
 
+    def parse(self, *, image: Array) -> _F32:
+        """Probability [B, 1, S, S] that pixels of images [B, 3, S, S] in [-1, 1] are the face's.
+
+        Raises:
+            BundleError: The bundle has no program `parse`; see `can`.
+        """
+        return self._only("face", self.engine("parse").run(image=image))
+
+    def can(self, program: str) -> bool:
+        """Whether the bundle has an optional program."""
+        return program in self.bundle.manifest.programs
+
     def guide(
         self, *, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array
     ) -> tuple[_F32, _F32, _F32]:

@@ -12,7 +12,7 @@ import numpy as np
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Availability, Engine
 from diffveil.errors import BackendUnavailableError, EngineError, OptionError
-from diffveil.programs import PROGRAMS, Dimensions, ProgramSpec, check_inputs
+from diffveil.programs import ALL_PROGRAMS, Dimensions, ProgramSpec, check_inputs
 
 __all__ = ["ONNXRuntimeCPU", "ONNXRuntimeEngine"]
 
@@ -108,7 +108,7 @@ class ONNXRuntimeCPU:
         except ImportError as error:
             raise BackendUnavailableError(f"backend 'cpu' needs onnxruntime: {_INSTALL}") from error
         path = bundle.program_path(program)
-        spec = PROGRAMS[program]
+        spec = ALL_PROGRAMS[program]
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads or _usable_cpus()
