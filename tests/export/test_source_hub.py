@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from diffveil.errors import OptionError
 from diffveil_export.models.stable_diffusion import load_stable_diffusion
@@ -75,6 +76,27 @@ def test_pickled_weights_are_not_read(folder: Path) -> None:
         Repository(str(folder), {"local_files_only": True}).load(AutoencoderKL, "vae")
 
 
+def test_missing_tensors_are_named(folder: Path) -> None:
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    state = load_file(file)
+    gone = "decoder.conv_out.weight"
+    del state[gone]
+    save_file(state, file)
+    with pytest.raises(OptionError, match=rf"part 'vae': missing {gone}"):
+        Repository(str(folder), {"local_files_only": True}).load(AutoencoderKL, "vae")
+
+
+def test_a_partly_cached_repository_is_not_guessed_at(cache: Path) -> None:
+    snapshot = cache / "models--someone--tiny-sd" / "snapshots" / COMMIT
+    repository = open_hub("someone/tiny-sd", cache=cache)
+    assert repository.file("scheduler/scheduler_config.json") is not None
+    (snapshot / "scheduler" / "scheduler_config.json").unlink()
+    with pytest.raises(OptionError, match="not in the cache"):
+        repository.file("scheduler/scheduler_config.json")
+    (snapshot / "model_index.json").write_text("{}")
+    assert repository.file("scheduler/scheduler_config.json") is None
+
+
 def test_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert is_hub_id("owner/name-1.5")
@@ -86,6 +108,7 @@ def test_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_a_source_without_a_vocabulary(cache: Path, folder: Path, tmp_path: Path) -> None:
     snapshot = cache / "models--someone--tiny-sd" / "snapshots" / COMMIT
+    (snapshot / "model_index.json").write_text("{}")
     words = json.loads((snapshot / "tokenizer" / "vocab.json").read_text())
     shutil.rmtree(snapshot / "tokenizer")
     files = {"msi": folder.parent / "msi.safetensors", "recognizer": folder.parent / "ir.pth"}

@@ -38,14 +38,20 @@ class Repository:
         """`kind.from_pretrained` for a subfolder, safetensors alone.
 
         Raises:
-            OptionError: The part is missing, or has no safetensors.
+            OptionError: The part is missing, has no safetensors, or lacks tensors of its network;
+                all are named.
         """
         try:
             with warnings.catch_warnings():
                 # diffusers and the hub library disagree about an argument of their own.
                 warnings.filterwarnings("ignore", message=".*local_dir_use_symlinks")
-                return kind.from_pretrained(
-                    self.source, subfolder=part, use_safetensors=True, **self.arguments, **options
+                network, info = kind.from_pretrained(
+                    self.source,
+                    subfolder=part,
+                    use_safetensors=True,
+                    output_loading_info=True,
+                    **self.arguments,
+                    **options,
                 )
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
@@ -53,19 +59,48 @@ class Repository:
                 f"'{self.source}': part '{part}' cannot be loaded: {first} (weights are read from "
                 "safetensors only)"
             ) from error
+        # Both libraries only warn, and leave such layers random.
+        problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
+        problems += [f"{entry[0]} has another shape" for entry in sorted(info["mismatched_keys"])]
+        if problems:
+            raise OptionError(f"'{self.source}': part '{part}': " + "; ".join(problems))
+        return network
 
     def file(self, name: str) -> Path | None:
         """A single file, such as `tokenizer/vocab.json`; None if there is none."""
         if not self.commit:
             path = Path(self.source) / name
             return path if path.is_file() else None
-        from huggingface_hub import hf_hub_download
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
         from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
         try:
             return Path(hf_hub_download(self.source, name, **self.arguments))
-        except (EntryNotFoundError, LocalEntryNotFoundError):
+        except LocalEntryNotFoundError:
+            cache, revision = self.arguments["cache_dir"], self.arguments["revision"]
+            known = try_to_load_from_cache(self.source, name, cache_dir=cache, revision=revision)
+            if known is not None:  # the cache remembers that the repository has none
+                return None
+            if self._complete():
+                return None
+            raise OptionError(
+                f"'{self.source}': '{name}' is not in the cache, so it is unknown whether the "
+                "repository has it: download the whole repository with `hf download`"
+            ) from None
+        except EntryNotFoundError:
             return None
+
+    def _complete(self) -> bool:
+        """Whether the cached snapshot looks like a whole download: it has the root's index."""
+        from huggingface_hub import try_to_load_from_cache
+
+        found = try_to_load_from_cache(
+            self.source,
+            "model_index.json",
+            cache_dir=self.arguments["cache_dir"],
+            revision=self.arguments["revision"],
+        )
+        return isinstance(found, str)
 
 
 def open_hub(name: str, *, revision: str | None = None, cache: Path | None = None) -> Repository:

@@ -13,6 +13,8 @@ text encoder (`text_encoder.P`, `lora_te_P`):
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -58,9 +60,12 @@ def parse_lora(text: str) -> tuple[Path, float]:
     if not colon or not re.fullmatch(r"[-+0-9.eE]+", scale):
         return Path(text), 1.0
     try:
-        return Path(file), float(scale)
+        value = float(scale)
     except ValueError:
-        raise OptionError(f"--lora: received '{text}', expected FILE or FILE:SCALE") from None
+        value = math.nan
+    if not math.isfinite(value):
+        raise OptionError(f"--lora: received '{text}', expected FILE or FILE:SCALE")
+    return Path(file), value
 
 
 def fuse_lora(unet: nn.Module, text: nn.Module, file: Path, scale: float = 1.0) -> dict[str, str]:
@@ -83,12 +88,14 @@ def fuse_lora(unet: nn.Module, text: nn.Module, file: Path, scale: float = 1.0) 
     if not file.is_file():
         raise OptionError(f"--lora: there is no file '{file}'")
     layers = dict(_layers(unet, text))
-    problems: list[str] = []
+    problems = _refused_metadata(file)
     changes: list[tuple[torch.Tensor, torch.Tensor]] = []
     for layer, adapter in _group(read_state(file), layers, problems).items():
         weight = layers[layer]
         delta = _delta(adapter, weight)
-        if delta is None:
+        if delta is not None and not delta.isfinite().all():
+            problems.append(f"{', '.join(adapter.names)} are not finite")
+        elif delta is None:
             problems.append(f"{', '.join(adapter.names)} do not fit weight {list(weight.shape)}")
         else:
             changes.append((weight, delta))
@@ -118,6 +125,35 @@ def _layers(unet: nn.Module, text: nn.Module) -> Iterator[tuple[str, torch.Tenso
                 for prefix in _PREFIXES[kind]:
                     flat = prefix.startswith("lora_")
                     yield prefix + (name.replace(".", "_") if flat else name), layer.weight
+
+
+def _refused_metadata(file: Path) -> list[str]:
+    """What the header says about strengths that the tensors do not: it is not guessed at."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            stated = (opened.metadata() or {}).get("lora_adapter_metadata")
+    except SafetensorError as error:
+        raise OptionError(f"--lora: '{file}' is not a safetensors file: {error}") from error
+    if stated is None:
+        return []
+    try:
+        fields = json.loads(stated)
+        plain = {name.rpartition(".")[2]: value for name, value in fields.items()}
+    except (ValueError, AttributeError):
+        return ["its header's lora_adapter_metadata cannot be read"]
+    problems = [f"its header asks for {n}" for n in ("use_dora", "use_rslora") if plain.get(n)]
+    problems += [f"its header has an {n}" for n in ("alpha_pattern",) if plain.get(n)]
+    for name, alpha in fields.items():
+        if name.endswith("lora_alpha"):
+            rank = fields.get(name.removesuffix("lora_alpha") + "r")
+            if alpha != rank:
+                problems.append(
+                    f"its header states alpha {alpha} at rank {rank}: give the quotient as scale, "
+                    "and save the adapter without this header"
+                )
+    return problems
 
 
 def _group(

@@ -78,8 +78,16 @@ example:
       also whether every backend that can run here computes what it should
 """,
     "export": """\
-example:
-  diffveil export stable-diffusion/ -o my-bundle/ --msi msi.pt --recognizer irse50.pt
+examples:
+  diffveil export stable-diffusion/ -o my-bundle/ --msi embeddings.pt --recognizer irse50.pt
+      a diffusers folder, the research release's MSI weights, an ArcFace recognizer
+  diffveil export owner/name -o my-bundle/ --msi msi.pt --recognizer w600k_r50.onnx --dry-run
+      a model of the hub or its cache; says what would be made and in about how long
+  diffveil export v1-5.safetensors -o my-bundle/ --msi msi.pt --recognizer a.pt --vision clip/
+      one file in the original layout, with a CLIP vision tower
+  diffveil export sd/ -o b/ --msi m.pt --recognizer a.pt --lora lcm.safetensors --precision float16
+      a fused adapter, float16 for GPUs; --recognizer again makes an ensemble
+Nothing in a pickled file is run. The bundle is verified against PyTorch, whole or not at all.
 """,
     "build": _build.EXAMPLES,
     "verify": _verify.EXAMPLES,
