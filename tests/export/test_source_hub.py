@@ -81,9 +81,13 @@ def test_missing_tensors_are_named(folder: Path) -> None:
     state = load_file(file)
     gone = "decoder.conv_out.weight"
     del state[gone]
+    state["surprise"] = torch.zeros(1)
     save_file(state, file)
-    with pytest.raises(OptionError, match=rf"part 'vae': missing {gone}"):
-        Repository(str(folder), {"local_files_only": True}).load(AutoencoderKL, "vae")
+    repository = Repository(str(folder), {"local_files_only": True})
+    with pytest.raises(OptionError, match=rf"part 'vae': missing {gone}; unexpected surprise$"):
+        repository.load(AutoencoderKL, "vae")
+    with pytest.raises(OptionError, match=rf"part 'vae': missing {gone}$"):
+        repository.load(AutoencoderKL, "vae", partly=True)
 
 
 def test_a_partly_cached_repository_is_not_guessed_at(cache: Path) -> None:

@@ -291,7 +291,7 @@ def _networks(
     def tower(repository: Repository | None) -> Any:
         if vision is not None:
             local = Repository(str(vision), {"local_files_only": True})
-            return local.load(vision_class, "").float()
+            return local.load(vision_class, "", partly=True).float()
         if repository is None:
             raise OptionError(f"'{source}' is a single file without a vision tower: give --vision")
         return repository.load(vision_class, "image_encoder").float()

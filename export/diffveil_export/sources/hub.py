@@ -34,12 +34,18 @@ class Repository:
     arguments: dict[str, Any]
     commit: str = ""
 
-    def load(self, kind: Any, part: str, **options: Any) -> Any:
+    def load(self, kind: Any, part: str, *, partly: bool = False, **options: Any) -> Any:
         """`kind.from_pretrained` for a subfolder, safetensors alone.
 
+        Args:
+            kind: Class of the network.
+            part: Name of the subfolder; empty for the folder itself.
+            partly: The file may hold more than this network, as CLIP's beside its vision tower.
+            **options: For `from_pretrained`.
+
         Raises:
-            OptionError: The part is missing, has no safetensors, or lacks tensors of its network;
-                all are named.
+            OptionError: The part is missing, has no safetensors, or its tensors are not those of
+                the network; all are named.
         """
         try:
             with warnings.catch_warnings():
@@ -62,6 +68,8 @@ class Repository:
         # Both libraries only warn, and leave such layers random.
         problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [f"{entry[0]} has another shape" for entry in sorted(info["mismatched_keys"])]
+        extra = [n for n in sorted(info["unexpected_keys"]) if not n.endswith("position_ids")]
+        problems += [] if partly else [f"unexpected {name}" for name in extra]
         if problems:
             raise OptionError(f"'{self.source}': part '{part}': " + "; ".join(problems))
         return network
