@@ -8,7 +8,7 @@ on CPUs above all, run those several times faster than transposed convolutions.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,8 @@ from torch.fx.experimental.symbolic_shapes import (
     StatelessSymbolicContext,
 )
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.functional import conv2d, pad, pixel_shuffle
+from torch.nn.functional import conv2d, interpolate, pad, pixel_shuffle
+from torch.overrides import TorchFunctionMode
 
 __all__ = ["conv_input_gradient", "trace_gradient"]
 
@@ -162,6 +163,50 @@ def _slice_backward(
     after = size - start - int(gradient.shape[dim])
     behind = [0, 0] * (gradient.ndim - 1 - dim) + [start, after]
     return _aten.constant_pad_nd(gradient, behind)
+
+
+class _Repetition(TorchFunctionMode):
+    """Enlarges by repeating pixels, where `interpolate` would index them.
+
+    PyTorch writes nearest-neighbour interpolation as indexing while shapes are symbols. The way
+    back then scatters with addition, which TensorRT does not know; that of repeating is a sum.
+    """
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = _repeated(*args, **kwargs) if func is interpolate else None
+        return func(*args, **kwargs) if result is None else result
+
+
+def _repeated(
+    x: torch.Tensor,
+    size: Any = None,
+    scale_factor: Any = None,
+    mode: str = "nearest",
+    *_: Any,
+    **__: Any,
+) -> torch.Tensor | None:
+    """Nearest-neighbour interpolation by whole factors; None for any other."""
+    if not mode.startswith("nearest") or x.ndim != 4:
+        return None
+    height, width = (int(n) for n in x.shape[2:])
+    if size is not None:
+        wanted = (size, size) if isinstance(size, int) else tuple(size)
+        factors = [n / length for n, length in zip(wanted, (height, width), strict=True)]
+    else:
+        factors = [scale_factor] * 2 if isinstance(scale_factor, int | float) else [*scale_factor]
+    if any(f < 1 or f != int(f) for f in factors):
+        return None
+    down, across = (int(f) for f in factors)
+    cells = x.reshape(-1, x.shape[1], height, 1, width, 1)
+    cells = cells.expand(-1, -1, -1, down, -1, across)
+    return cells.reshape(-1, x.shape[1], height * down, width * across)
 
 
 def _upsample_nearest_backward(
@@ -335,7 +380,7 @@ def trace_gradient(
         )
         for tensor, dims in zip(inputs, dynamic, strict=True)
     )
-    with sdpa_kernel(SDPBackend.MATH), mode:
+    with sdpa_kernel(SDPBackend.MATH), mode, _Repetition():
         graph = make_fx(
             module,
             decomposition_table=_decompositions(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -188,3 +189,36 @@ def test_energy_terms_do_what_they_say(generator: torch.Generator) -> None:
     cosine = (e @ e.T).clamp(min=0) / 2
     expected = torch.stack([cosine[0, 1] + cosine[0, 2], cosine[1, 2], torch.tensor(0.0)])
     torch.testing.assert_close(share, expected)
+
+
+@pytest.mark.parametrize(
+    "enlarge",
+    [
+        {"scale_factor": 2.0, "mode": "nearest"},
+        {"scale_factor": (3, 1), "mode": "nearest-exact"},
+        {"size": (8, 15), "mode": "nearest"},
+        {"size": 20},
+        {"scale_factor": 1.5, "mode": "nearest"},
+    ],
+)
+def test_enlarging_by_repetition(enlarge: dict[str, Any]) -> None:
+    """Whole factors become repetition, values and gradient alike; others stay as they are."""
+    generator = torch.Generator().manual_seed(12)
+
+    class Enlarge(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            with torch.enable_grad():
+                x = x.detach().requires_grad_(True)
+                y = nn.functional.interpolate(x, **enlarge)
+                (gradient,) = torch.autograd.grad((y.sin() * y).sum(), x)
+            return y.detach(), gradient
+
+    shape = (2, 3, 4, 5) if enlarge.get("size") != 20 else (2, 3, 4, 4)
+    example = torch.randn(shape, generator=generator)
+    traced = trace_gradient(Enlarge(), (example,), ((0,),))
+    names = " ".join(str(node.target) for node in traced.graph.nodes)
+    assert ("index" in names) == (enlarge.get("scale_factor") == 1.5)
+    for batch in (1, 3):
+        x = torch.randn(batch, *shape[1:], generator=generator)
+        for ours, theirs in zip(traced(x), Enlarge()(x), strict=True):
+            torch.testing.assert_close(ours, theirs)
