@@ -330,7 +330,7 @@ def _networks(
     vae_class: Any = diffusers.AutoencoderKL
     unet_class: Any = diffusers.UNet2DConditionModel
     text_class: Any = transformers.CLIPTextModel
-    exact = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
+    exact: dict[str, Any] = {"torch_dtype": torch.float32, "low_cpu_mem_usage": False}
     return _Networks(
         name=Path(source).name,
         vae=repository.load(vae_class, "vae", **exact),
