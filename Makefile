@@ -6,6 +6,7 @@
 #                   built (16 GiB of memory, 6 GB of disk)
 #   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
 #                   QUALITY_ARGS for benchmarks/quality.py's own options
+#   make curves     protection against milliseconds of every sampler and guidance: QUALITY_DATA=folder
 #   make lint       ruff and mypy alone
 #   make format     rewrite the tree as `make lint` wants it
 #   make clean      remove .venv and everything generated
@@ -27,6 +28,8 @@ QUALITY_ARGS ?=
 QUALITY_RECOGNIZERS ?=
 QUALITY_INDEPENDENT ?=
 QUALITY_OUTPUT ?= quality
+CURVES_ARGS ?=
+CURVES_OUTPUT ?= curves
 DEMO_OUTPUT ?= demo-output
 
 VENV := .venv
@@ -35,7 +38,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality lint format clean
+.PHONY: help demo test test-slow quality curves lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -71,13 +74,18 @@ test-slow: $(VENV)/stamp-dev
 	$(BIN)/python -m pytest -m slow -s
 
 $(VENV)/stamp-quality: $(VENV)/stamp-dev
-	@$(PIP) "scikit-image>=0.22"
+	@$(PIP) "scikit-image>=0.22" "matplotlib>=3.8"
 	@touch $@
 
 quality: $(VENV)/stamp-quality
 	@test -n "$(QUALITY_DATA)" || { echo 'name a folder person/photo.jpg: make quality QUALITY_DATA=folder' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.quality "$(QUALITY_DATA)" --out "$(QUALITY_OUTPUT)" --oracle \
 		$(addprefix --recognizer ,$(QUALITY_RECOGNIZERS)) $(addprefix --independent ,$(QUALITY_INDEPENDENT)) $(QUALITY_ARGS)
+
+curves: $(VENV)/stamp-quality
+	@test -n "$(QUALITY_DATA)" || { echo 'name a folder person/photo.jpg: make curves QUALITY_DATA=folder' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.curves "$(QUALITY_DATA)" --out "$(CURVES_OUTPUT)" \
+		$(addprefix --recognizer ,$(QUALITY_RECOGNIZERS)) $(addprefix --independent ,$(QUALITY_INDEPENDENT)) $(CURVES_ARGS)
 
 format: $(VENV)/stamp-dev
 	$(BIN)/ruff check --fix .

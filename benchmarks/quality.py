@@ -316,9 +316,9 @@ def as_markdown(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def insert(document: Path, table: str) -> None:
-    """Put the table between the quality markers of a Markdown file."""
-    begin, end = "<!-- quality:begin -->", "<!-- quality:end -->"
+def insert(document: Path, table: str, name: str = "quality") -> None:
+    """Put the table between the markers of that name in a Markdown file."""
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
     before, _, rest = document.read_text(encoding="utf-8").partition(begin)
     _, found, after = rest.partition(end)
     if not found:

@@ -11,7 +11,8 @@ from PIL import Image
 
 from diffveil import Face, RecoveryKey, Result
 from diffveil.align import template_for
-from diffveil.presets import PRESETS, Inversion
+from diffveil.plans import Inversion
+from diffveil.presets import PRESETS
 
 __all__ = ["ONE", "PRESET", "TWO", "ListedDetector", "Pixels", "face_at", "key_of", "smooth_photo"]
 

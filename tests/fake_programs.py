@@ -6,7 +6,7 @@ Every program keeps to its declaration (`check_inputs` sees to that) and treats 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from diffveil._manifest import FileEntry, Manifest, ProgramEntry, TensorEntry
 from diffveil.align import template_for
 from diffveil.bundle import CONSTANTS_FILE, Bundle
 from diffveil.engines import Availability, Engine, Programs
-from diffveil.programs import PROGRAMS, Dimensions, ProgramSpec, check_inputs
+from diffveil.programs import ALL_PROGRAMS, PROGRAMS, Dimensions, ProgramSpec, check_inputs
 from diffveil.schedule import NoiseSchedule
 
 __all__ = ["DIMENSIONS", "FakeBackend", "fake_bundle", "fake_programs"]
@@ -38,7 +38,7 @@ DIMENSIONS = Dimensions(
 _CELL = DIMENSIONS.image_size // DIMENSIONS.latent_size
 
 
-def fake_bundle(folder: Path, *, name: str = "fake") -> Bundle:
+def fake_bundle(folder: Path, *, name: str = "fake", optional: Iterable[str] = ()) -> Bundle:
     """A bundle without program files; bundles of different names have different fingerprints."""
     constant = np.full((1, 3, 5), 0.25, dtype=np.float32)
     raw = save({"unconditional": constant})
@@ -54,7 +54,7 @@ def fake_bundle(folder: Path, *, name: str = "fake") -> Bundle:
             tuple(TensorEntry(t.name, t.dtype, t.shape(DIMENSIONS)) for t in spec.outputs),
             (),
         )
-        for spec in PROGRAMS.values()
+        for spec in (*PROGRAMS.values(), *(ALL_PROGRAMS[o] for o in optional))
     }
     constants = FileEntry(CONSTANTS_FILE, hashlib.sha256(raw).hexdigest(), len(raw))
     template = tuple((float(x), float(y)) for x, y in template_for(DIMENSIONS.image_size))
@@ -73,9 +73,9 @@ def fake_bundle(folder: Path, *, name: str = "fake") -> Bundle:
     return Bundle(folder, manifest)
 
 
-def fake_programs(folder: Path, *, name: str = "fake") -> Programs:
+def fake_programs(folder: Path, *, name: str = "fake", optional: Iterable[str] = ()) -> Programs:
     """The programs of a fake bundle; `.backend.calls` lists every call's name and inputs."""
-    return Programs(fake_bundle(folder, name=name), FakeBackend())
+    return Programs(fake_bundle(folder, name=name, optional=optional), FakeBackend())
 
 
 class FakeBackend:
@@ -103,7 +103,7 @@ class FakeBackend:
         return Availability(True, "it is a fake")
 
     def load(self, bundle: Bundle, program: str) -> Engine:
-        return _FakeEngine(self, PROGRAMS[program])
+        return _FakeEngine(self, ALL_PROGRAMS[program])
 
     def inputs(self, program: str) -> list[dict[str, Array]]:
         """The inputs of all calls of one program."""
@@ -114,7 +114,7 @@ class FakeBackend:
         outputs: dict[str, Array] = {
             name: np.asarray(value, np.float32) for name, value in function(**inputs).items()
         }
-        assert set(outputs) == {t.name for t in PROGRAMS[program].outputs}
+        assert set(outputs) == {t.name for t in ALL_PROGRAMS[program].outputs}
         return outputs
 
     def encode(self, image: F32) -> dict[str, Array]:
@@ -153,6 +153,10 @@ class FakeBackend:
         slope = (slope - (slope * e).sum(axis=1, keepdims=True) * e) / length
         gradient = (slope @ self.identity).reshape(x0.shape)
         return {"gradient": gradient, "energy": energy, "embedding": e}
+
+    def guide_latent(self, **inputs: F32) -> dict[str, Array]:
+        """A student that learnt perfectly."""
+        return self.guide(**inputs)
 
     def _identify(self, latent: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         features = latent.reshape(len(latent), -1) @ self.identity.T

@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"diffveil", "diffveil_export", "diffveil_kernels"}
-MAX_PACKAGE_DATA = 40 * 2**20  # bytes
+MAX_PACKAGE_DATA = 44 * 2**20  # bytes; of which guide_latent takes five
 
 
 @pytest.fixture(scope="module")

@@ -19,10 +19,17 @@ from typing import Any
 from diffveil._manifest import FORMAT, VERSION, Cost, ParityEntry
 from diffveil.bundle import MANIFEST_FILE
 from diffveil.errors import OptionError
-from diffveil.programs import STAGES
+from diffveil.programs import STAGES, Dimensions, ProgramSpec
 from diffveil_export.components import Components
 
-__all__ = ["ProgramFacts", "staged_folder", "write_manifest"]
+__all__ = [
+    "ProgramFacts",
+    "digest",
+    "staged_folder",
+    "tensor_entries",
+    "write_json",
+    "write_manifest",
+]
 
 
 @dataclass(frozen=True)
@@ -139,29 +146,40 @@ def write_manifest(
         "programs": {
             spec.name: {
                 "file": f"{spec.name}.onnx",
-                **_digest(folder / f"{spec.name}.onnx"),
+                **digest(folder / f"{spec.name}.onnx"),
                 **facts[spec.name].fields(),
-                **{
-                    side: [
-                        {"name": t.name, "dtype": t.dtype, "shape": list(t.shape(d))}
-                        for t in tensors
-                    ]
-                    for side, tensors in (("inputs", spec.inputs), ("outputs", spec.outputs))
-                },
+                **tensor_entries(spec, d),
             }
             for spec in components.programs
         },
         "files": {
-            file.name: _digest(file)
+            file.name: digest(file)
             for file in sorted(folder.iterdir())
             if file.name not in onnx_files | {MANIFEST_FILE}
         },
     }
+    write_json(folder, manifest)
+
+
+def tensor_entries(spec: ProgramSpec, dimensions: Dimensions) -> dict[str, Any]:
+    """A program's declared inputs and outputs, as the manifest states them."""
+    sides = (("inputs", spec.inputs), ("outputs", spec.outputs))
+    return {
+        side: [
+            {"name": t.name, "dtype": t.dtype, "shape": list(t.shape(dimensions))} for t in tensors
+        ]
+        for side, tensors in sides
+    }
+
+
+def write_json(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write `bundle.json`; equal manifests give equal bytes."""
     text = json.dumps(manifest, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False)
     (folder / MANIFEST_FILE).write_text(text + "\n", encoding="utf-8")
 
 
-def _digest(file: Path) -> dict[str, Any]:
+def digest(file: Path) -> dict[str, Any]:
+    """SHA-256 and size of a file, as the manifest states them."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256") if hasattr(hashlib, "file_digest") else None
     if digest is None:  # Python 3.10

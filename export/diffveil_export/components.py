@@ -188,7 +188,8 @@ class Components:
     @property
     def programs(self) -> tuple[ProgramSpec, ...]:
         """The programs that a bundle of this model holds, in the order of their export."""
-        optional = {"parse": self.parser}
+        # guide_latent is trained on a bundle, and joins it then.
+        optional = {"parse": self.parser, "guide_latent": None}
         return tuple(s for s in ALL_PROGRAMS.values() if optional.get(s.name, s) is not None)
 
     @property

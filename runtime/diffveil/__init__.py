@@ -31,7 +31,8 @@ from diffveil.faces import Face, FaceDetector
 from diffveil.keys import FaceKey, RecoveryKey, generate_identity, inspect_keyfile
 from diffveil.noise import NoiseKey
 from diffveil.photos import Photo, load_photo, save_photo
-from diffveil.presets import PRESETS, Guidance, Inversion, Plan, Preset, preset
+from diffveil.plans import Guidance, Inversion, Plan, Preset
+from diffveil.presets import PRESETS, preset
 from diffveil.protector import Protector
 from diffveil.result import FaceEmbeddings, Result
 

@@ -115,12 +115,14 @@ class Bundle:
         """SHA-256, hex, of everything that decides what a recovery key decodes to.
 
         It covers the hashes of programs, weights and constants and the noise schedule, not names,
-        licences or parity records: those may be corrected without orphaning keys.
+        licences or parity records: those may be corrected without orphaning keys. Nor does it cover
+        `guide_latent`, which recovery never runs and which may be added to a bundle later.
         """
         m = self.manifest
-        weights = {data for program in m.programs.values() for data in program.data}
+        programs = {name: p for name, p in m.programs.items() if name != "guide_latent"}
+        weights = {data for program in programs.values() for data in program.data}
         covered = {
-            "programs": {name: program.file.sha256 for name, program in m.programs.items()},
+            "programs": {name: program.file.sha256 for name, program in programs.items()},
             "files": {name: m.files[name].sha256 for name in weights | {CONSTANTS_FILE}},
             "schedule": [m.schedule.steps, m.schedule.beta_start, m.schedule.beta_end],
             "prediction": m.prediction,

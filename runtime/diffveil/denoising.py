@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import numpy as np
@@ -43,8 +44,8 @@ class Denoiser:
         self._programs = programs
         self._conditional_above = conditional_above
         self._max_batch = max_batch
-        self._rows = len(tokens) * variants
         self._training_steps = programs.bundle.manifest.schedule.steps
+        self._variants = variants
         self._stages: dict[int, NDArray[np.float32]] = {}
         stages = sorted({self._stage(t) for t in timesteps if t > conditional_above})
         if stages:
@@ -53,7 +54,13 @@ class Denoiser:
             expanded = in_chunks(programs.expand, max_batch, tokens=flat)
             expanded = expanded.reshape(len(tokens), len(stages), *expanded.shape[1:])
             for index, stage in enumerate(stages):
-                self._stages[stage] = np.repeat(expanded[:, index], variants, axis=0)
+                self._stages[stage] = expanded[:, index]
+
+    def varied(self, variants: int) -> Denoiser:
+        """The same for another number of rows a face; nothing is expanded again."""
+        other = copy.copy(self)
+        other._variants = variants
+        return other
 
     def __call__(self, x: Latent, timestep: int, /) -> Latent:
         """Noise in latents [N·V, C, s, s] at one timestep, like x."""
@@ -62,15 +69,16 @@ class Denoiser:
             self._max_batch,
             latent=x,
             timestep=np.full(len(x), timestep, dtype=np.int64),
-            conditioning=self._conditioning(timestep),
+            conditioning=self._conditioning(timestep, len(x)),
         )
 
-    def _conditioning(self, timestep: int) -> NDArray[np.float32]:
-        """Float32 [N·V, T, W]."""
+    def _conditioning(self, timestep: int, rows: int) -> NDArray[np.float32]:
+        """Float32 [rows, T, W]."""
         if timestep > self._conditional_above:
-            return self._stages[self._stage(timestep)]
+            own = self._stages[self._stage(timestep)]
+            return own if self._variants == 1 else np.repeat(own, self._variants, axis=0)
         unconditional = self._programs.bundle.unconditional
-        return np.broadcast_to(unconditional, (self._rows, *unconditional.shape[1:]))
+        return np.broadcast_to(unconditional, (rows, *unconditional.shape[1:]))
 
     def _stage(self, timestep: int) -> int:
         return stage_of(timestep, self._training_steps)

@@ -7,7 +7,7 @@ from numpy.typing import NDArray
 
 from diffveil.batching import MAX_BATCH, chunks
 from diffveil.engines import Programs
-from diffveil.presets import Guidance
+from diffveil.plans import Guidance
 from diffveil.samplers import Step
 from diffveil.sampling import Latent
 
@@ -32,11 +32,12 @@ class IdentityGuidance:
     attract, they may not: all of them shall be recognised.
 
     With a margin, a face whose similarity is already beyond it is not pushed in that step, unless
-    it still resembles another variant of itself.
+    it still resembles another variant of itself; nor is it asked again in that step.
 
     Args:
         programs: Programs of the bundle.
-        guidance: The preset's numbers.
+        guidance: The preset's numbers. Where they ask for ``"latent"`` and the bundle has no such
+            program, the full gradient is taken, which protects no less.
         identities: The photos' embeddings, float32 [N, E], unit length.
         variants: Rows V of a face; latents come face by face, its variants together.
         max_batch: Most rows of one program call.
@@ -51,48 +52,74 @@ class IdentityGuidance:
         variants: int = 1,
         max_batch: int = MAX_BATCH,
     ) -> None:
-        self._programs = programs
+        cheap = guidance.through == "latent" and programs.can("guide_latent")
+        self._guide = programs.guide_latent if cheap else programs.guide
+        self._schedule = programs.bundle.manifest.schedule
         self._guidance = guidance
         self._variants = variants
+        self._max_batch = max_batch
         self._identities = np.repeat(identities, variants, axis=0)
-        rows = len(self._identities)
-        self._chunks = chunks(rows, max_batch, variants)
         repel = guidance.mode == "repel"
         opposite = repel and guidance.margin is not None and guidance.margin < 0.0
         self._anchors = -self._identities if opposite else self._identities
-        self._repel = np.full(rows, float(repel and not opposite), dtype=np.float32)
-        self._attract = 1.0 - self._repel
+        self._repel = float(repel and not opposite)
         # One face's pairs i < j; a chunk repeats it down the diagonal.
         pairs = np.triu(np.ones((variants, variants), dtype=np.float32), 1)
         self._pairs = pairs if repel else np.zeros_like(pairs)
+        self._asked = 0
+        self._last: Latent | None = None
 
     def __call__(self, x0: Latent, step: Step, /) -> Latent:
         """Direction to walk away from at predicted clean latents [N·V, C, s, s], like x0."""
-        gradients = [self._gradient(x0[rows], rows) for rows in self._chunks]
-        return gradients[0] if len(gradients) == 1 else np.concatenate(gradients)
+        index, self._asked = self._asked, self._asked + 1
+        if self._guidance.reuse and index % self._guidance.every and self._last is not None:
+            return self._last
+        direction = np.zeros_like(x0)
+        active = np.ones(len(x0) // self._variants, dtype=np.bool_)
+        # What the step will subtract from the next latent moves its clean part by g/α.
+        reach = step.g / self._schedule.signal(step.next_timestep)
+        for repeat in range(self._guidance.repeats):
+            faces = np.flatnonzero(active)
+            rows = (faces[:, None] * self._variants + np.arange(self._variants)).reshape(-1)
+            for part in chunks(len(rows), self._max_batch, self._variants):
+                chosen = rows[part]
+                at = x0[chosen] - np.float32(reach) * direction[chosen] if repeat else x0[chosen]
+                gradient, pushed = self._gradient(at, chosen)
+                direction[chosen] += gradient
+                still = pushed.reshape(-1, self._variants).any(axis=1)
+                active[chosen[:: self._variants] // self._variants] = still
+            if not active.any():
+                break
+        self._last = direction
+        return direction
 
-    def _gradient(self, x0: Latent, rows: slice) -> Latent:
+    def _gradient(self, x0: Latent, rows: NDArray[np.intp]) -> tuple[Latent, NDArray[np.bool_]]:
+        """Gradient at latents [B, C, s, s] of those rows, and which of them it pushes, [B]."""
         faces = len(x0) // self._variants
-        gradient, _, embedding = self._programs.guide(
+        repel = np.full(len(rows), self._repel, dtype=np.float32)
+        gradient, _, embedding = self._guide(
             x0=x0,
             anchor=self._anchors[rows],
-            repel=self._repel[rows],
-            attract=self._attract[rows],
+            repel=repel,
+            attract=np.float32(1.0) - repel,
             sibling=np.kron(np.eye(faces, dtype=np.float32), self._pairs),
         )
         scale = np.ones(len(x0))
         if self._guidance.normalise == "rms":
             rms = np.sqrt(np.mean(np.square(gradient, dtype=np.float64), axis=(1, 2, 3)))
             scale = np.divide(1.0, rms, out=np.zeros_like(rms), where=rms > _VANISHING_RMS)
-        scale = np.where(self._released(embedding, rows), 0.0, scale)
-        return (gradient * scale[:, None, None, None]).astype(np.float32)
+        released = self._released(embedding, self._identities[rows])
+        scale = np.where(released, 0.0, scale)
+        return (gradient * scale[:, None, None, None]).astype(np.float32), ~released
 
-    def _released(self, embedding: NDArray[np.float32], rows: slice) -> NDArray[np.bool_]:
+    def _released(
+        self, embedding: NDArray[np.float32], identities: NDArray[np.float32]
+    ) -> NDArray[np.bool_]:
         """Rows [B] that are where they should be, given their embeddings [B, E]."""
         margin = self._guidance.margin
         if margin is None:
             return np.zeros(len(embedding), dtype=np.bool_)
-        similarity = np.einsum("be,be->b", embedding, self._identities[rows])
+        similarity = np.einsum("be,be->b", embedding, identities)
         beyond = similarity <= margin if self._guidance.mode == "repel" else similarity >= margin
         siblings = embedding.reshape(-1, self._variants, embedding.shape[-1])
         alike = np.einsum("nie,nje->nij", siblings, siblings) > 0.0

@@ -43,7 +43,7 @@ __all__ = [
 
 KEY_VERSION = 1
 # How many latents a sampler leaves behind: O-BELM is a two-step method, so its state is two.
-LATENTS_OF_SAMPLER = {"ddim": 1, "o-belm": 2}
+LATENTS_OF_SAMPLER = {"ddim": 1, "o-belm": 2, "bdia": 2}
 
 _FORMAT = "diffveil-recovery-key"
 _STAGES = 10
@@ -160,7 +160,7 @@ class RecoveryKey(_Guarded):
     Attributes:
         faces: one key a face, in the order of the result's faces.
         bundle: fingerprint of the bundle that made the key, lower-case hexadecimal.
-        sampler: the sampler that inverted the faces, "o-belm" or "ddim".
+        sampler: the sampler that inverted the faces, "o-belm", "bdia" or "ddim".
         steps: its number of steps.
         photo_size: height and width of the photo, in pixels.
         backend: name of the backend that made the key.

@@ -23,7 +23,7 @@ from diffveil.errors import OptionError
 from diffveil.guidance import IdentityGuidance
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey, normal
-from diffveil.presets import Inversion, Plan
+from diffveil.plans import Inversion, Plan
 from diffveil.samplers import SamplerTable, Step, retrace
 from diffveil.sampling import Blend, Latent, Progress, add_noise, run
 
@@ -234,14 +234,22 @@ class FaceOperations:
 
     def start_noise(self, keys: Sequence[NoiseKey], variants: int = 1) -> Latent:
         """Unit Gaussian noise that faces start from, float32 [N, V, C, s, s]."""
+        noise = self._noise(keys, variants, "diffveil/v1/start")
+        return noise.reshape(len(keys), variants, *noise.shape[1:])
+
+    def _step_noise(self, keys: Sequence[NoiseKey], variants: int, index: int) -> Latent:
+        """Unit Gaussian noise that a stochastic sampler adds at a step, [N·V, C, s, s]."""
+        return self._noise(keys, variants, "diffveil/v1/step", index)
+
+    def _noise(self, keys: Sequence[NoiseKey], variants: int, label: str, *indices: int) -> Latent:
         d = self.bundle.dimensions
         shape = (d.latent_channels, d.latent_size, d.latent_size)
         noise = [
-            normal(key.derive("diffveil/v1/start", variant), shape)
+            normal(key.derive(label, variant, *indices), shape)
             for key in keys
             for variant in range(variants)
         ]
-        return np.stack(noise).reshape(len(keys), variants, *shape)
+        return np.stack(noise)
 
     def _protect(
         self,
@@ -258,18 +266,17 @@ class FaceOperations:
         table = plan.table(self.schedule)
         clean = np.repeat(faces.latents, variants, axis=0)
         noise = self.start_noise(keys, variants).reshape(clean.shape)
-        if plan.fresh_noise < 1.0:
-            own = np.repeat(self._own_noise(faces, plan, table), variants, axis=0)
-            noise = _mixed(own, noise, plan.fresh_noise)
-        x = add_noise(self.schedule, clean, noise, table.start_timestep)
         denoise = Denoiser(
             self.programs,
             faces.tokens,
             table.timesteps,
             conditional_above=plan.conditional_above,
-            variants=variants,
             max_batch=self.max_batch,
         )
+        if plan.fresh_noise < 1.0:
+            own = np.repeat(self._own_noise(faces, denoise, table), variants, axis=0)
+            noise = _mixed(own, noise, plan.fresh_noise)
+        x = add_noise(self.schedule, clean, noise, table.start_timestep)
         gradient = IdentityGuidance(
             self.programs,
             plan.guidance,
@@ -281,20 +288,21 @@ class FaceOperations:
         if plan.background_below:
             masks = np.repeat(faces.masks, variants, axis=0)
             blend = self._keep_background(plan, clean, noise, masks)
-        x, _ = run(table, x, denoise, gradient=gradient, blend=blend, progress=progress)
+        x, _ = run(
+            table,
+            x,
+            denoise.varied(variants),
+            gradient=gradient,
+            noise=lambda index: self._step_noise(keys, variants, index),
+            blend=blend,
+            progress=progress,
+        )
         images = self._decode(x)
         return images.reshape(len(faces), variants, *images.shape[1:])
 
-    def _own_noise(self, faces: FaceBatch, plan: Plan, table: SamplerTable) -> Latent:
+    def _own_noise(self, faces: FaceBatch, denoise: Denoiser, table: SamplerTable) -> Latent:
         """Noise [N, C, s, s] that an unguided run of the table turns into the photo itself."""
         up = retrace(self.schedule, table)
-        denoise = Denoiser(
-            self.programs,
-            faces.tokens,
-            up.timesteps,
-            conditional_above=plan.conditional_above,
-            max_batch=self.max_batch,
-        )
         x, _ = run(up, faces.latents, denoise)
         start = table.start_timestep
         signal, sigma = self.schedule.signal(start), self.schedule.noise(start)

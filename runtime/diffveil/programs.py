@@ -112,6 +112,18 @@ class Dimensions:
 
 _IMAGE = ("B", "RGB", "S", "S")
 _LATENT = ("B", "C", "s", "s")
+_GUIDE_INPUTS = (
+    TensorSpec("x0", _LATENT),
+    TensorSpec("anchor", ("B", "E")),
+    TensorSpec("repel", ("B",)),
+    TensorSpec("attract", ("B",)),
+    TensorSpec("sibling", ("B", "B")),
+)
+_GUIDE_OUTPUTS = (
+    TensorSpec("gradient", _LATENT),
+    TensorSpec("energy", ("B",)),
+    TensorSpec("embedding", ("B", "E")),
+)
 
 PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
     {
@@ -160,18 +172,8 @@ PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
             ProgramSpec(
                 "guide",
                 "identity energy of a predicted clean latent, and its gradient",
-                (
-                    TensorSpec("x0", _LATENT),
-                    TensorSpec("anchor", ("B", "E")),
-                    TensorSpec("repel", ("B",)),
-                    TensorSpec("attract", ("B",)),
-                    TensorSpec("sibling", ("B", "B")),
-                ),
-                (
-                    TensorSpec("gradient", _LATENT),
-                    TensorSpec("energy", ("B",)),
-                    TensorSpec("embedding", ("B", "E")),
-                ),
+                _GUIDE_INPUTS,
+                _GUIDE_OUTPUTS,
             ),
         )
     }
@@ -180,11 +182,20 @@ PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
 
 OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
     {
-        "parse": ProgramSpec(
-            "parse",
-            "image to the probability that a pixel belongs to the face",
-            (TensorSpec("image", _IMAGE),),
-            (TensorSpec("face", ("B", "ONE", "S", "S")),),
+        spec.name: spec
+        for spec in (
+            ProgramSpec(
+                "parse",
+                "image to the probability that a pixel belongs to the face",
+                (TensorSpec("image", _IMAGE),),
+                (TensorSpec("face", ("B", "ONE", "S", "S")),),
+            ),
+            ProgramSpec(
+                "guide_latent",
+                "what guide computes, by a recognizer distilled onto latents",
+                _GUIDE_INPUTS,
+                _GUIDE_OUTPUTS,
+            ),
         )
     }
 )

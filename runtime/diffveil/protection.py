@@ -18,7 +18,8 @@ from diffveil.masks import face_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.photos import Photo
-from diffveil.presets import DEFAULT_PRESET, Plan, Preset
+from diffveil.plans import Plan, Preset
+from diffveil.presets import DEFAULT_PRESET
 from diffveil.presets import preset as preset_named
 from diffveil.result import Result
 from diffveil.sampling import Latent, Progress

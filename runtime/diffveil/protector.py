@@ -19,7 +19,7 @@ from diffveil.keys import RecoveryKey
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.photos import PhotoSource, load_photo
-from diffveil.presets import Preset
+from diffveil.plans import Preset
 from diffveil.protection import Protection, protect
 from diffveil.recovery import recover
 from diffveil.result import FaceEmbeddings, Result

@@ -14,7 +14,7 @@ from diffveil.keys import FaceKey, RecoveryKey
 from diffveil.masks import recovery_mask
 from diffveil.operations import FaceOperations
 from diffveil.photos import Photo
-from diffveil.presets import Inversion
+from diffveil.plans import Inversion
 from diffveil.protection import part_of
 from diffveil.result import Result
 from diffveil.sampling import Progress

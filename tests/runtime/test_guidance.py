@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffveil.engines import Programs
 from diffveil.guidance import IdentityGuidance
-from diffveil.presets import Guidance
+from diffveil.plans import Guidance
 from diffveil.samplers import ddim
 from diffveil.schedule import NoiseSchedule
 from fake_programs import FakeBackend, fake_programs
@@ -181,3 +181,85 @@ def test_a_variant_that_resembles_another_is_not_left_alone(
     guidance = replace(PAPER, margin=-0.05)
     found = IdentityGuidance(programs, guidance, identity, variants=3)(x0[:3], STEP)
     assert found.any(axis=(1, 2, 3)).tolist() == [True, True, False]
+
+
+LATENT = replace(PAPER, through="latent")
+
+
+def test_the_cheap_program_is_asked_where_the_bundle_has_it(
+    tmp_path: Path, identities: F32, x0: F32
+) -> None:
+    programs = fake_programs(tmp_path, optional=["guide_latent"])
+    backend = programs.backend
+    assert isinstance(backend, FakeBackend)
+    cheap = IdentityGuidance(programs, LATENT, identities, variants=2)(x0, STEP)
+    assert [name for name, _ in backend.calls] == ["guide_latent"]
+    backend.calls.clear()
+    full = IdentityGuidance(programs, PAPER, identities, variants=2)(x0, STEP)
+    assert [name for name, _ in backend.calls] == ["guide"]
+    np.testing.assert_array_equal(cheap, full)
+
+
+def test_without_it_the_full_gradient_protects(
+    programs: Programs, backend: FakeBackend, identities: F32, x0: F32
+) -> None:
+    IdentityGuidance(programs, LATENT, identities, variants=2)(x0, STEP)
+    assert [name for name, _ in backend.calls] == ["guide"]
+
+
+def test_repeats_are_gradients_along_the_way(programs: Programs, identities: F32, x0: F32) -> None:
+    """Two repeats equal a first gradient, and a second where the loop will have gone by then."""
+    guided = replace(STEP, g=0.3)
+    once = IdentityGuidance(programs, PAPER, identities, variants=2)
+    first = once(x0, guided)
+    reach = np.float32(0.3 / NoiseSchedule().signal(guided.next_timestep))
+    second = once(x0 - reach * first, guided)
+    twice = IdentityGuidance(programs, replace(PAPER, repeats=2), identities, variants=2)
+    np.testing.assert_allclose(twice(x0, guided), first + second, rtol=1e-5, atol=1e-6)
+
+
+def test_faces_that_are_safe_are_not_asked_again(
+    programs: Programs, backend: FakeBackend, identities: F32, x0: F32
+) -> None:
+    cosines = [0.5, -0.3, 0.5]
+    embedding = np.stack([turned(i, c) for i, c in zip(identities, cosines, strict=True)])
+    rows = {x.tobytes(): e for x, e in zip(x0[:3], embedding, strict=True)}
+
+    def answer(x0: F32, **_: Any) -> dict[str, Array]:
+        # A gradient of zero keeps every face where it is, so that its rows can be told apart.
+        return scripted(np.stack([rows[x.tobytes()] for x in x0]), np.zeros_like(x0))
+
+    backend.overrides["guide"] = answer
+    guidance = replace(PAPER, margin=-0.2, repeats=3)
+    IdentityGuidance(programs, guidance, identities)(x0[:3], STEP)
+    assert [len(call["x0"]) for call in backend.inputs("guide")] == [3, 2, 2]
+
+
+def test_when_all_are_safe_nobody_is_asked_again(
+    programs: Programs, backend: FakeBackend, identities: F32, x0: F32
+) -> None:
+    embedding = np.stack([turned(i, -0.5) for i in identities])
+    backend.overrides["guide"] = lambda **_: scripted(embedding, np.ones_like(x0[:3]))
+    guidance = replace(PAPER, margin=-0.2, repeats=9)
+    found = IdentityGuidance(programs, guidance, identities)(x0[:3], STEP)
+    assert len(backend.inputs("guide")) == 1
+    assert not found.any()
+
+
+def test_a_gradient_is_used_again_between_questions(
+    programs: Programs, backend: FakeBackend, identities: F32, x0: F32
+) -> None:
+    guidance = replace(PAPER, every=3, reuse=True)
+    guide = IdentityGuidance(programs, guidance, identities, variants=2)
+    found = [guide(x0 * (1 + index), STEP) for index in range(5)]
+    assert len(backend.inputs("guide")) == 2
+    np.testing.assert_array_equal(found[1], found[0])
+    np.testing.assert_array_equal(found[2], found[0])
+    np.testing.assert_array_equal(found[4], found[3])
+    assert np.any(found[3] != found[0])
+
+
+def test_reuse_weighs_every_step_and_skipping_only_some() -> None:
+    skipping = replace(PAPER, every=2)
+    assert [skipping.weight_at(i, 500, 1.0) for i in range(4)] == [1.0, 0.0, 1.0, 0.0]
+    assert [replace(skipping, reuse=True).weight_at(i, 500, 1.0) for i in range(4)] == [1.0] * 4

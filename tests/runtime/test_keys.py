@@ -378,7 +378,7 @@ def test_unfit_faces_are_refused(
         ({"faces": ()}, "faces must number 1 to 1024"),
         ({"bundle": "AB" * 32}, "bundle"),
         ({"bundle": "ab"}, "bundle"),
-        ({"sampler": "euler"}, "sampler must be one of ddim, o-belm"),
+        ({"sampler": "euler"}, "sampler must be one of bdia, ddim, o-belm"),
         ({"sampler": "ddim"}, "ddim leaves 1 latents a face, not 2"),
         ({"steps": 0}, "steps"),
         ({"steps": 1001}, "steps"),

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from diffveil.errors import OptionError
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
-from diffveil.presets import Inversion, Plan, preset
+from diffveil.plans import Inversion, Plan
+from diffveil.presets import preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
@@ -276,3 +277,31 @@ def test_a_noise_map_of_another_shape_is_refused(operations: FaceOperations, cro
 def test_batch_limits_are_checked(programs: Programs) -> None:
     with pytest.raises(OptionError, match="max_batch is 0"):
         FaceOperations(programs, max_batch=0)
+
+
+@pytest.mark.parametrize("sampler", ["dpm++2m", "lcm", "tcd"])
+@pytest.mark.parametrize("spacing", ["trailing", "karras", "ays"])
+def test_every_sampler_is_a_function_of_key_and_step(
+    operations: FaceOperations, crops: F32, sampler: Any, spacing: Any
+) -> None:
+    """Noise of stochastic steps depends on neither batch nor order nor what ran before."""
+    plan = replace(ANONYMIZE, sampler=sampler, spacing=spacing, fresh_noise=1.0)
+    keys = noise_keys(3)
+    together = operations.anonymize(crops, plan, keys=keys, variants=2)
+    again = operations.anonymize(crops[[2, 0]], plan, keys=[keys[2], keys[0]], variants=2)
+    np.testing.assert_allclose(again, together[[2, 0]], rtol=0, atol=1e-4)
+    other = operations.anonymize(crops[:1], plan, keys=noise_keys(4)[3:], variants=2)
+    assert np.abs(other - together[:1]).max() > 1e-3
+
+
+@pytest.mark.parametrize("steps", [2, 5, 10])
+def test_bdia_keys_bring_the_latent_back(
+    operations: FaceOperations, programs: Programs, crops: F32, steps: int
+) -> None:
+    faces = operations.prepare(crops)
+    inversion = Inversion("bdia", steps)
+    tokens, latents = operations.invert(faces, inversion)
+    assert latents.shape[1] == 2
+    back = operations.recover(tokens, latents, inversion)
+    trip = np.clip(programs.decode(latent=faces.latents), -1, 1)
+    np.testing.assert_allclose(back, trip, rtol=0, atol=1e-4)

@@ -17,7 +17,7 @@ from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
-from diffveil.presets import Guidance, Inversion, Plan
+from diffveil.plans import Guidance, Inversion, Plan
 from diffveil_export import oracle
 from diffveil_export.components import Components
 from diffveil_export.oracle import Recipe

@@ -6,15 +6,8 @@ from typing import Any
 import pytest
 
 from diffveil.errors import OptionError
-from diffveil.presets import (
-    DEFAULT_PRESET,
-    PRESETS,
-    Guidance,
-    Inversion,
-    Plan,
-    Preset,
-    preset,
-)
+from diffveil.plans import Guidance, Inversion, Plan, Preset
+from diffveil.presets import DEFAULT_PRESET, PRESETS, preset
 from diffveil.schedule import NoiseSchedule
 
 SCHEDULE = NoiseSchedule()
@@ -153,7 +146,7 @@ def test_guidance_out_of_range(change: dict[str, Any], message: str) -> None:
         ({"spacing": "odd"}, "spacing is 'odd'"),
         ({"background": "grey"}, "background is 'grey'"),
         ({"fresh_noise": 1.5}, "fresh_noise is 1.5"),
-        ({"fresh_noise": 0.5}, "needs spacing 'trailing'"),
+        ({"fresh_noise": 0.5}, "needs another spacing than 'leading'"),
     ],
 )
 def test_plan_out_of_range(change: dict[str, Any], message: str) -> None:

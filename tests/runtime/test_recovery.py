@@ -16,7 +16,7 @@ from diffveil import (
 )
 from diffveil.align import crop_face, paste_faces, similarity
 from diffveil.masks import recovery_mask
-from diffveil.presets import Inversion
+from diffveil.plans import Inversion
 from diffveil.scenes import to_images, to_pixels
 from fake_photos import ONE, PRESET, TWO, ListedDetector, Pixels, key_of
 from fake_programs import fake_programs

@@ -10,6 +10,7 @@ from importlib import import_module
 
 from diffveil._version import __version__
 from diffveil.cli import build as _build
+from diffveil.cli import distill as _distill
 from diffveil.cli import verify as _verify
 from diffveil.cli.exits import ExitCode, exit_code_of
 
@@ -90,6 +91,7 @@ examples:
 Nothing in a pickled file is run. The bundle is verified against PyTorch, whole or not at all.
 """,
     "build": _build.EXAMPLES,
+    "distill-guide": _distill.EXAMPLES,
     "verify": _verify.EXAMPLES,
 }
 
@@ -177,6 +179,10 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
         exporter().add_arguments(export)
 
+    _distill.add_arguments(
+        add("distill-guide", "distill", "make a bundle's guidance cheap (extra: export)")
+    )
+
     _build.add_arguments(
         add("build", "build", "compile a bundle's programs into engines for GPUs (extra: export)")
     )
@@ -208,7 +214,7 @@ def _add_protection(parser: argparse.ArgumentParser) -> None:
     look.add_argument(
         "--variants", metavar="N", type=_count, default=1, help="different results a photo"
     )
-    look.add_argument("--preset", metavar="NAME", help="fast (default) or paper")
+    look.add_argument("--preset", metavar="NAME", help="fast (default), balanced or paper")
     look.add_argument("--steps", metavar="N", type=_count, help="denoising steps of the preset")
     look.add_argument(
         "--strength", metavar="X", type=_share, help="how far from the photo, above 0 up to 1"

@@ -139,7 +139,24 @@ class Programs:
             gradient [B, C, s, s] of E by x0; energy [B], each face's share of E (a pair's term
             counts for its first member); embedding [B, E] of the decoded faces.
         """
-        outputs = self.engine("guide").run(
+        return self._guide("guide", x0, anchor, repel, attract, sibling)
+
+    def guide_latent(
+        self, *, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array
+    ) -> tuple[_F32, _F32, _F32]:
+        """What `guide` computes, at a fraction of its cost: its embedding is an estimate.
+
+        Arguments and results are those of `guide`.
+
+        Raises:
+            BundleError: The bundle has no program `guide_latent`; see `can`.
+        """
+        return self._guide("guide_latent", x0, anchor, repel, attract, sibling)
+
+    def _guide(
+        self, program: str, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array
+    ) -> tuple[_F32, _F32, _F32]:
+        outputs = self.engine(program).run(
             x0=x0, anchor=anchor, repel=repel, attract=attract, sibling=sibling
         )
         return (

@@ -1,0 +1,408 @@
+"""Quality against milliseconds of every sampler and way of guidance: what presets are picked from.
+
+    python -m benchmarks.curves PEOPLE --recognizer NAME=FILE… [--independent NAME=FILE…]
+
+PEOPLE holds `person/photo.jpg`. For each choice one run over all faces gives the true accept rate
+of anonymized or hidden faces (threshold at FAR 1 % of the originals' impostor pairs; the worst of
+the independent recognizers counts) and calls of one face give its model time: everything from the
+aligned crop to the protected crop, detection and files excluded. The published recipe runs in plain
+PyTorch in the same process, so every speed-up is a ratio within one run.
+
+Writes `curves.json` and `curves.png` to `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+import diffveil
+from benchmarks._metrics import Verification, frechet_distance, psnr
+from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
+from benchmarks.quality import FAR, Pixels, insert, load_people
+from diffveil.align import crop_face, similarity
+from diffveil.detectors import CenterFace
+from diffveil.noise import NoiseKey
+from diffveil.plans import Inversion, Plan
+from diffveil.presets import PRESETS
+from diffveil.scenes import to_images, to_pixels
+
+Operation = Literal["anonymize", "hide"]
+_BATCH = 8
+_REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One point: a plan, and the family whose curve it lies on."""
+
+    name: str
+    family: str
+    operation: Operation
+    plan: Plan
+
+
+def choices(brief: bool) -> Iterator[Choice]:
+    """Presets first, then one thing varied at a time about the default preset."""
+    for name, preset in PRESETS.items():
+        for operation in ("anonymize", "hide"):
+            yield Choice(f"preset {name}", "presets", operation, getattr(preset, operation))
+    if brief:
+        return
+    for operation in ("anonymize", "hide"):
+        base: Plan = getattr(PRESETS["fast"], operation)
+        for sampler in ("ddim", "dpm++2m", "lcm", "tcd"):
+            for evaluations in (2, 3, 4, 6, 8):
+                steps = round(evaluations / base.strength)
+                plan = replace(base, sampler=sampler, steps=steps)
+                yield Choice(f"{sampler} {evaluations}", sampler, operation, plan)
+        for spacing in ("karras", "ays"):
+            plan = replace(base, spacing=spacing)
+            yield Choice(f"{base.sampler} {spacing}", "spacing", operation, plan)
+        guided = base.guidance
+        ways = {
+            "full gradient": replace(guided, through="pixels", repeats=1),
+            "latent": replace(guided, through="latent", repeats=1),
+            "latent ×4": replace(guided, through="latent", repeats=4),
+            "full, every 2nd": replace(guided, through="pixels", repeats=1, every=2),
+            "full, every 2nd reused": replace(
+                guided, through="pixels", repeats=1, every=2, reuse=True
+            ),
+            "full, below 400": replace(guided, through="pixels", repeats=1, window=(0, 400)),
+            "full, above 200": replace(guided, through="pixels", repeats=1, window=(200, 1000)),
+            "none": replace(guided, weight=((-1, 0.0),)),
+        }
+        for name, guidance in ways.items():
+            yield Choice(name, "guidance", operation, replace(base, guidance=guidance))
+
+
+class Bench:
+    """Faces, recognizers and the operations on them.
+
+    Args:
+        protector: What is measured.
+        crops: Aligned faces of the bundle's framing, uint8 [N, S, S, 3].
+        people: Person of each.
+        recognizers: Files by name.
+        independent: Names of those that had no part in the bundle's training.
+    """
+
+    def __init__(
+        self,
+        protector: diffveil.Protector,
+        crops: Pixels,
+        people: list[str],
+        recognizers: dict[str, Path],
+        independent: set[str],
+    ) -> None:
+        self.operations, self.crops = protector.operations, crops
+        self.images = to_images(crops)
+        template = np.asarray(protector.bundle.template)
+        self._to_arcface = similarity(template, ARCFACE_TEMPLATE)
+        self._embed = {name: load_recognizer(path) for name, path in recognizers.items()}
+        self.independent = independent
+        original = self._vectors(crops)
+        self._checks = {name: Verification(v, people) for name, v in original.items()}
+
+    def _vectors(self, crops: Pixels) -> dict[str, NDArray[np.float32]]:
+        framed = np.stack([crop_face(crop, self._to_arcface, 112) for crop in crops])
+        return {name: embed(framed) for name, embed in self._embed.items()}
+
+    def _run(self, operation: Operation, plan: Plan, rows: slice) -> NDArray[np.float32]:
+        images = self.images[rows]
+        keys = [NoiseKey.from_seed(i) for i in range(*rows.indices(len(self.images)))]
+        call = getattr(self.operations, operation)
+        result: NDArray[np.float32] = call(images, plan, keys=keys)[:, 0]
+        return result
+
+    def protection(self, choice: Choice) -> dict[str, Any]:
+        """Match rates of all faces under one choice."""
+        parts = [
+            self._run(choice.operation, choice.plan, slice(i, i + _BATCH))
+            for i in range(0, len(self.images), _BATCH)
+        ]
+        record: dict[str, Any] = {}
+        for name, probe in self._vectors(to_pixels(np.concatenate(parts))).items():
+            check = self._checks[name]
+            record[name] = {
+                "independent": name in self.independent,
+                "same_photo": check.same_photo(probe, FAR),
+                "other_photos": check.other_photos(probe, FAR),
+                "cosine": float((probe * check.original).sum(1).mean()),
+                "frechet": frechet_distance(check.original[::2], probe[1::2]),
+            }
+        return record
+
+    def milliseconds(self, choice: Choice) -> float:
+        """Median time of one face, programs loaded and warm."""
+        times = []
+        for turn in range(_REPEATS + 1):
+            started = time.perf_counter()
+            self._run(choice.operation, choice.plan, slice(turn % len(self.images), None, 10**6))
+            times.append(time.perf_counter() - started)
+        return 1000 * float(np.median(times[1:]))
+
+    def recovery(self) -> list[dict[str, Any]]:
+        """Recovered PSNR under every inversion, beside the autoencoder's round trip."""
+        faces = [
+            self.operations.prepare(self.images[i : i + _BATCH])
+            for i in range(0, len(self.images), _BATCH)
+        ]
+        decode = self.operations.programs.decode
+        trip = [to_pixels(np.clip(decode(latent=f.latents), -1, 1)) for f in faces]
+        ceiling = self._psnr(np.concatenate(trip))
+        records = []
+        for sampler in ("o-belm", "bdia", "ddim"):
+            for steps in (2, 4, 6, 8, 10, 20, 50):
+                if sampler != "ddim" and steps > 20:
+                    continue
+                inversion = Inversion(sampler, steps)
+                out = [
+                    to_pixels(
+                        self.operations.recover(*self.operations.invert(f, inversion), inversion)
+                    )
+                    for f in faces
+                ]
+                table = inversion.recovery(self.operations.schedule)
+                records.append(
+                    {
+                        "sampler": sampler,
+                        "steps": steps,
+                        "evaluations": len(table.steps),
+                        "loss_db": ceiling - self._psnr(np.concatenate(out)),
+                    }
+                )
+        return [{"sampler": "round trip", "psnr": ceiling}, *records]
+
+    def keys(self) -> list[dict[str, Any]]:
+        """What each half of the recovery key contributes: each right, or another face's."""
+        inversion = PRESETS["balanced"].recovery
+        tokens, latents = self.operations.invert(self.images, inversion)
+        records = []
+        for wrong_e in (False, True):
+            for wrong_i in (False, True):
+                e = np.roll(tokens, 1, axis=0) if wrong_e else tokens
+                i = np.roll(latents, 1, axis=0) if wrong_i else latents
+                out = to_pixels(self.operations.recover(e, i, inversion))
+                vectors = self._vectors(out)
+                records.append(
+                    {
+                        "key_e": "another face's" if wrong_e else "right",
+                        "key_i": "another face's" if wrong_i else "right",
+                        "psnr": self._psnr(out),
+                        **{
+                            name: self._checks[name].same_photo(v, FAR)
+                            for name, v in vectors.items()
+                        },
+                    }
+                )
+        return records
+
+    def _psnr(self, out: Pixels) -> float:
+        return float(np.mean([psnr(a, b) for a, b in zip(out, self.crops, strict=True)]))
+
+
+def worst(record: dict[str, Any], operation: Operation) -> float:
+    """The rate that counts: for anonymize the highest, for hide the lowest independent one."""
+    rows = [r for r in record.values() if r["independent"]] or list(record.values())
+    if operation == "anonymize":
+        return max(max(r["same_photo"], r["other_photos"]) for r in rows)
+    return min(r["same_photo"] for r in rows)
+
+
+def as_markdown(report: dict[str, Any]) -> str:
+    """Presets, recovery and the halves of the key, as tables."""
+    paper = report["paper_in_pytorch_ms"]
+    lines = [
+        f"{report['faces']} faces of people that no training saw, bundle `{report['bundle']}`, "
+        f"backend `{report['backend']}`. The published anonymization of one face in plain PyTorch, "
+        f"in the same process: {paper['one variant']:.0f} ms for one variant, "
+        f"{paper['as released']:.0f} ms as released (four variants and their key). TAR at FAR 1 % "
+        "of the worst independent recognizer.",
+        "",
+        "| operation | preset | ms a face | × PyTorch, one variant | × as released | TAR |",
+        "|---|---|---|---|---|---|",
+    ]
+    for p in report["points"]:
+        if p["family"] != "presets":
+            continue
+        ms, mine = p["milliseconds"], p["operation"] == "anonymize"
+        ratios = [f"{paper[k] / ms:.1f}" if mine else "" for k in ("one variant", "as released")]
+        lines.append(
+            f"| {p['operation']} | {p['name'].removeprefix('preset ')} | {ms:.0f} | {ratios[0]} "
+            f"| {ratios[1]} | {p['worst']:.1%} |"
+        )
+    lines += ["", "| guidance or spacing | operation | ms a face | TAR |", "|---|---|---|---|"]
+    lines += [
+        f"| {p['name']} | {p['operation']} | {p['milliseconds']:.0f} | {p['worst']:.1%} |"
+        for p in report["points"]
+        if p["family"] in ("guidance", "spacing")
+    ]
+    lines += [
+        "",
+        "| recovery | UNet evaluations | dB lost to the VAE round trip |",
+        "|---|---|---|",
+    ]
+    lines += [
+        f"| {r['sampler']}, {r['steps']} steps | {r['evaluations']} | {r['loss_db']:.3f} |"
+        for r in report["recovery"]
+        if "loss_db" in r
+    ]
+    names = [n for n in report["keys"][0] if n not in ("key_e", "key_i", "psnr")]
+    head = " | ".join(f"TAR {n}" for n in names)
+    lines += ["", f"| key-E | key-I | PSNR | {head} |", "|---|---|---|" + "---|" * len(names)]
+    lines += [
+        f"| {k['key_e']} | {k['key_i']} | {k['psnr']:.2f} dB | "
+        + " | ".join(f"{k[n]:.1%}" for n in names)
+        + " |"
+        for k in report["keys"]
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Three panels: anonymize, hide, recover."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(18, 5.5), constrained_layout=True)
+    titles = {
+        "anonymize": "anonymize: TAR at FAR 1 % (lower protects more)",
+        "hide": "hide: TAR at FAR 1 % (higher is still recognised)",
+    }
+    for axis, (operation, title) in zip(axes, titles.items(), strict=False):
+        families: dict[str, list[dict[str, Any]]] = {}
+        for point in report["points"]:
+            if point["operation"] == operation:
+                families.setdefault(point["family"], []).append(point)
+        for family, points in families.items():
+            ordered = sorted(points, key=lambda p: p["milliseconds"])
+            x = [p["milliseconds"] for p in ordered]
+            y = [100 * p["worst"] for p in ordered]
+            alone = family in ("presets", "guidance", "spacing")
+            axis.plot(
+                x,
+                y,
+                marker="*" if family == "presets" else "o",
+                markersize=13 if family == "presets" else 5,
+                linestyle="none" if alone else "-",
+                label=family,
+            )
+            if alone:
+                for a, b, p in zip(x, y, ordered, strict=True):
+                    axis.annotate(
+                        p["name"].removeprefix("preset "),
+                        (a, b),
+                        fontsize=7,
+                        xytext=(3, 3),
+                        textcoords="offset points",
+                    )
+        axis.set(title=title, xlabel="milliseconds a face", ylabel="%", xscale="log")
+        axis.legend(fontsize=8)
+    for sampler in ("o-belm", "bdia", "ddim"):
+        points = [r for r in report["recovery"] if r["sampler"] == sampler]
+        axes[2].plot(
+            [p["evaluations"] for p in points],
+            [max(p["loss_db"], 1e-4) for p in points],
+            marker="o",
+            label=sampler,
+        )
+    axes[2].set(
+        title="recover: dB lost to the VAE round trip", xlabel="UNet evaluations", yscale="log"
+    )
+    axes[2].axhline(0.1, color="grey", linestyle=":")
+    axes[2].legend()
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("people", type=Path, metavar="PEOPLE")
+    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--max-people", type=int, default=40)
+    parser.add_argument("--photos", type=int, default=2, help="at most so many of each person")
+    parser.add_argument("--presets-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=Path("curves"))
+    parser.add_argument("--document", type=Path, help="Markdown file whose tables to replace")
+    args = parser.parse_args(argv)
+
+    named = {
+        name: Path(path)
+        for name, _, path in (v.partition("=") for v in [*args.recognizer, *args.independent])
+    }
+    if not named:
+        parser.error("give at least one --recognizer or --independent")
+    independent = {v.partition("=")[0] for v in args.independent}
+    protector = diffveil.Protector.load(args.bundle)
+    size, template = protector.bundle.image_size, np.asarray(protector.bundle.template)
+    portraits, _ = load_people(args.people, args.max_people, args.photos, CenterFace.load())
+    if len({p.person for p in portraits}) < 2:
+        parser.error(f"{args.people}: expected person/photo.jpg of at least two people")
+    crops = np.stack([p.crop("original", template, size) for p in portraits])
+    bench = Bench(protector, crops, [p.person for p in portraits], named, independent)
+
+    from benchmarks._oracle import paper_seconds
+
+    one, released = paper_seconds(protector.bundle, crops[0])
+    report: dict[str, Any] = {
+        "faces": len(crops),
+        "bundle": protector.bundle.name,
+        "fingerprint": protector.bundle.fingerprint,
+        "backend": protector.backend,
+        "machine": platform.machine(),
+        "far": FAR,
+        "paper_in_pytorch_ms": {"one variant": 1000 * one, "as released": 1000 * released},
+        "points": [],
+    }
+    for choice in choices(args.presets_only):
+        record = bench.protection(choice)
+        ms = bench.milliseconds(choice)
+        guidance = choice.plan.guidance
+        point = {
+            "name": choice.name,
+            "family": choice.family,
+            "operation": choice.operation,
+            "milliseconds": ms,
+            "faster_than_paper_in_pytorch": 1000 * one / ms,
+            "worst": worst(record, choice.operation),
+            "evaluations": len(choice.plan.table(protector.operations.schedule).steps),
+            "guidance": f"{guidance.through} ×{guidance.repeats}",
+            "recognizers": record,
+        }
+        report["points"].append(point)
+        print(
+            f"{choice.operation:<10}{choice.name:<26}{ms:8.0f} ms {1000 * one / ms:6.1f}× "
+            f"TAR {point['worst']:.1%}",
+            file=sys.stderr,
+            flush=True,
+        )
+    report["recovery"] = bench.recovery()
+    report["keys"] = bench.keys()
+    args.out.mkdir(parents=True, exist_ok=True)
+    (args.out / "curves.json").write_text(json.dumps(report, indent=1) + "\n")
+    draw(report, args.out / "curves.png")
+    if args.document:
+        insert(args.document, as_markdown(report), "curves")
+    print(as_markdown(report))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
