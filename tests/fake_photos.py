@@ -18,11 +18,11 @@ __all__ = ["ONE", "PRESET", "TWO", "ListedDetector", "Pixels", "face_at", "key_o
 
 Pixels = NDArray[np.uint8]
 
-_FAST = PRESETS["fast"].with_(steps=4, strength=0.6)
+_BALANCED = PRESETS["balanced"].with_(steps=4, strength=0.6)
 PRESET = replace(
-    _FAST,
-    anonymize=replace(_FAST.anonymize, fresh_noise=1.0),
-    hide=replace(_FAST.hide, fresh_noise=1.0),
+    _BALANCED,
+    anonymize=replace(_BALANCED.anonymize, fresh_noise=1.0),
+    hide=replace(_BALANCED.hide, fresh_noise=1.0),
     recovery=Inversion("o-belm", 3),
 )
 """Few steps, so that tests are quick, and the exact sampler."""

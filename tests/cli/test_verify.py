@@ -36,10 +36,10 @@ def test_a_difference_is_status_5(copy: Path, capsys: pytest.CaptureFixture[str]
     tensors = load_file(copy / GOLDEN_FILE)
     tensors["outputs.recognize.embedding"] = np.roll(tensors["outputs.recognize.embedding"], 1, 1)
     save_file(tensors, copy / GOLDEN_FILE)
-    from diffveil_export.bundle_writer import _digest
+    from diffveil_export.bundle_writer import digest
 
     manifest = json.loads((copy / MANIFEST_FILE).read_text())
-    manifest["files"][GOLDEN_FILE] = _digest(copy / GOLDEN_FILE)
+    manifest["files"][GOLDEN_FILE] = digest(copy / GOLDEN_FILE)
     (copy / MANIFEST_FILE).write_text(json.dumps(manifest))
     assert main(["verify", str(copy)]) == 5
     out, err = capsys.readouterr()

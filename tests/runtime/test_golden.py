@@ -94,10 +94,10 @@ def copy(tiny_bundle_path: Path, tmp_path: Path) -> Path:
 
 def _restate(folder: Path) -> Bundle:
     """Make the manifest agree with the golden file, as somebody might who writes their own."""
-    from diffveil_export.bundle_writer import _digest
+    from diffveil_export.bundle_writer import digest
 
     manifest = json.loads((folder / MANIFEST_FILE).read_text())
-    manifest["files"][GOLDEN_FILE] = _digest(folder / GOLDEN_FILE)
+    manifest["files"][GOLDEN_FILE] = digest(folder / GOLDEN_FILE)
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest))
     return Bundle.load(folder)
 

@@ -18,8 +18,8 @@ from diffveil.presets import preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-ANONYMIZE = replace(preset("fast").anonymize, steps=5)
-HIDE = replace(preset("fast").hide, steps=5)
+ANONYMIZE = replace(preset("balanced").anonymize, steps=5, strength=0.6)
+HIDE = replace(preset("balanced").hide, steps=5, strength=0.8)
 
 
 @pytest.fixture
