@@ -83,7 +83,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FILE[:SCALE]",
-        help="fuse an adapter, such as LCM-LoRA or Hyper-SD, into the weights; may be repeated",
+        help="fuse an adapter into the weights; may be repeated",
+    )
+    sd.add_argument(
+        "--few-lora",
+        metavar="FILE[:SCALE]",
+        help="a UNet adapter for few steps, such as LCM-LoRA, TCD-LoRA or Hyper-SD: adds the "
+        "program denoise_few for fast presets, and leaves denoise to recovery as it is",
     )
     sd.add_argument(
         "--tokenizer",
@@ -160,6 +166,7 @@ def _load(args: argparse.Namespace) -> Components:
             "recognizer",
             "vision",
             "lora",
+            "few_lora",
             "tokenizer",
             "revision",
             "guide_decoder",
@@ -187,6 +194,7 @@ def _load(args: argparse.Namespace) -> Components:
         msi_input=args.msi_input,
         recognizer_input=args.recognizer_input,
         lora=[parse_lora(text) for text in args.lora],
+        few_lora=None if args.few_lora is None else parse_lora(args.few_lora),
         tokenizer=args.tokenizer,
         revision=args.revision,
         guide_decoder=args.guide_decoder,

@@ -144,6 +144,7 @@ class Components:
         source: Constructor arguments of each network, for families that `models.embedded` can
             rebuild from a bundle; empty otherwise.
         parser: Image to where the face is; None for a bundle without `parse`.
+        few: `unet` distilled for a handful of steps; None for a bundle without `denoise_few`.
         guide_decoder: What `guide` decodes with instead of `autoencoder`; None for that.
         card: Text of the model card that travels in the bundle; empty if there is none.
     """
@@ -164,6 +165,7 @@ class Components:
     source: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     guide_decoder: Decoder | None = None
     parser: Parser | None = None
+    few: Denoiser | None = None
     card: str = field(default="", repr=False)
 
     def __post_init__(self) -> None:
@@ -183,13 +185,15 @@ class Components:
             parts["guide_decoder"] = self.guide_decoder
         if self.parser is not None:
             parts["parser"] = self.parser
+        if self.few is not None:
+            parts["few"] = self.few
         return {name: cast(nn.Module, part) for name, part in parts.items()}
 
     @property
     def programs(self) -> tuple[ProgramSpec, ...]:
         """The programs that a bundle of this model holds, in the order of their export."""
         # guide_latent is trained on a bundle, and joins it then.
-        optional = {"parse": self.parser, "guide_latent": None}
+        optional = {"parse": self.parser, "denoise_few": self.few, "guide_latent": None}
         return tuple(s for s in ALL_PROGRAMS.values() if optional.get(s.name, s) is not None)
 
     @property

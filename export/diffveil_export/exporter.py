@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 WEIGHTS_FILE = "weights.bin"
+FEW_STEPS_FILE = "denoise_few.bin"
 MODEL_CARD_FILE = "MODEL_CARD.md"
 _EXAMPLE_SEED = 2  # the inputs of tracing; verification draws others
 _log = logging.getLogger(__name__)
@@ -104,6 +105,8 @@ def export_bundle(
         golden = compute_golden(components)
         golden.write(folder)
         store = DataFile(folder / WEIGHTS_FILE)
+        # What only `denoise_few` needs stays apart: keys do not depend on it, see `fingerprint`.
+        apart = None if components.few is None else DataFile(folder / FEW_STEPS_FILE, store)
         facts = {}
         for spec in components.programs:
             say(f"exporting {spec.name}")
@@ -114,12 +117,14 @@ def export_bundle(
                 FoldWeights()(model)
             cost = program_cost(model)
             shrink_initializers(model, storage if precision == "float32" else "float32")
-            store.absorb(model)
+            few = apart is not None and spec.name == "denoise_few"
+            (apart if few and apart is not None else store).absorb(model)
             ir.save(model, folder / f"{spec.name}.onnx")
-            facts[spec.name] = ProgramFacts(
-                (WEIGHTS_FILE,), precision=precision, loss_scale=scale, cost=cost
-            )
-        write_source(folder, components, store)
+            data = (WEIGHTS_FILE, FEW_STEPS_FILE) if few else (WEIGHTS_FILE,)
+            facts[spec.name] = ProgramFacts(data, precision=precision, loss_scale=scale, cost=cost)
+        if apart is not None:
+            apart.close()
+        write_source(folder, components, store, apart)
         if components.card:
             (folder / MODEL_CARD_FILE).write_text(components.card, encoding="utf-8")
         store.close()

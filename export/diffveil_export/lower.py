@@ -11,10 +11,13 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+from onnxscript import optimizer
+from onnxscript.rewriter import onnx_fusions
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from diffveil.programs import DYNAMIC_AXES, ProgramSpec
+from diffveil_export.models.low_rank import FACTORS
 
 __all__ = ["BFLOAT16_OPSET", "OPSET", "lower"]
 
@@ -63,14 +66,23 @@ def lower(
             opset_version=opset,
             input_names=[t.name for t in spec.inputs],
             output_names=[t.name for t in spec.outputs],
-            optimize=True,
+            optimize=False,
             verbose=False,
         )
-    assert program is not None
-    model = program.model
+        assert program is not None
+        model = program.model
+        # What `optimize=True` does, but for low-rank factors: folded, they would be full weights.
+        optimizer.optimize_ir(model, should_fold=_may_fold)
+        onnx_fusions.fuse(model)
     _name_axes(model, spec)
     _strip(model)
     return model
+
+
+def _may_fold(node: ir.Node) -> bool | None:
+    """False for nodes that multiply low-rank factors; None leaves the choice to size limits."""
+    names = [value.name or "" for value in node.inputs if value is not None]
+    return False if any(name.endswith(FACTORS) for name in names) else None
 
 
 def _name_axes(model: ir.Model, spec: ProgramSpec) -> None:

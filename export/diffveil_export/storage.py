@@ -176,10 +176,11 @@ class DataFile:
 
     Args:
         path: File to write; models must be saved beside it.
+        shared: A file beside it whose weights need not be written again.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, shared: DataFile | None = None) -> None:
+        self.path, self._shared = path, shared
         self._offsets: dict[bytes, int] = {}
         self._stream = path.open("wb")
 
@@ -198,14 +199,16 @@ class DataFile:
             if tensor is None or tensor.nbytes < _EXTERNAL_BYTES:
                 continue
             raw = tensor.tobytes()
-            digest = hashlib.sha256(raw).digest()
-            if digest not in self._offsets:
+            digest, home = hashlib.sha256(raw).digest(), self
+            if self._shared is not None and digest in self._shared._offsets:
+                home = self._shared
+            elif digest not in self._offsets:
                 self._stream.write(b"\0" * (-self._stream.tell() % _ALIGNMENT))
                 self._offsets[digest] = self._stream.tell()
                 self._stream.write(raw)
             value.const_value = ir.ExternalTensor(
-                self.path.name,
-                self._offsets[digest],
+                home.path.name,
+                home._offsets[digest],
                 len(raw),
                 tensor.dtype,
                 shape=tensor.shape,  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -82,6 +83,8 @@ def main() -> None:
     write_part(args.out / "recognizer", recognizer)
     write_part(args.out / "conditioner", diffusion.conditioner)
     diffusion.unet.save_pretrained(args.out / "unet")
+    if (args.work / "few.safetensors").exists():
+        shutil.copyfile(args.work / "few.safetensors", args.out / "few.safetensors")
     facts = {
         "name": "reference-128",
         "licence": LICENCE,

@@ -35,6 +35,7 @@ CONSTANTS_FILE = "constants.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_CONSTANTS_BYTES = 64 << 20
 _CHUNK = 1 << 20
+_NEVER_RECOVERS = frozenset({"denoise_few", "guide_latent"})
 
 
 def embedded_bundle_path() -> Path:
@@ -116,10 +117,10 @@ class Bundle:
 
         It covers the hashes of programs, weights and constants and the noise schedule, not names,
         licences or parity records: those may be corrected without orphaning keys. Nor does it cover
-        `guide_latent`, which recovery never runs and which may be added to a bundle later.
+        `denoise_few` and `guide_latent`, which recovery never runs: they may be added later.
         """
         m = self.manifest
-        programs = {name: p for name, p in m.programs.items() if name != "guide_latent"}
+        programs = {name: p for name, p in m.programs.items() if name not in _NEVER_RECOVERS}
         weights = {data for program in programs.values() for data in program.data}
         covered = {
             "programs": {name: program.file.sha256 for name, program in programs.items()},

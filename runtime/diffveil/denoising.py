@@ -29,6 +29,7 @@ class Denoiser:
             unconditional one at the others; -1: the photo's own everywhere.
         variants: Rows V of a face; latents come face by face, its variants together.
         max_batch: Most rows of one program call.
+        distilled: Ask `denoise_few` rather than `denoise`.
     """
 
     def __init__(
@@ -40,8 +41,10 @@ class Denoiser:
         conditional_above: int = -1,
         variants: int = 1,
         max_batch: int = MAX_BATCH,
+        distilled: bool = False,
     ) -> None:
         self._programs = programs
+        self._predict = programs.denoise_few if distilled else programs.denoise
         self._conditional_above = conditional_above
         self._max_batch = max_batch
         self._training_steps = programs.bundle.manifest.schedule.steps
@@ -62,10 +65,16 @@ class Denoiser:
         other._variants = variants
         return other
 
+    def undistilled(self) -> Denoiser:
+        """The same, asking `denoise`."""
+        other = copy.copy(self)
+        other._predict = self._programs.denoise
+        return other
+
     def __call__(self, x: Latent, timestep: int, /) -> Latent:
         """Noise in latents [N·V, C, s, s] at one timestep, like x."""
         return in_chunks(
-            self._programs.denoise,
+            self._predict,
             self._max_batch,
             latent=x,
             timestep=np.full(len(x), timestep, dtype=np.int64),

@@ -263,6 +263,7 @@ class FaceOperations:
     ) -> _F32:
         faces = self._batch(crops)
         self._check_protect(operation, mode, plan, len(faces), len(keys), variants)
+        plan = plan.fitting(self.programs.can("denoise_few"))
         table = plan.table(self.schedule)
         clean = np.repeat(faces.latents, variants, axis=0)
         noise = self.start_noise(keys, variants).reshape(clean.shape)
@@ -272,9 +273,10 @@ class FaceOperations:
             table.timesteps,
             conditional_above=plan.conditional_above,
             max_batch=self.max_batch,
+            distilled=plan.distilled,
         )
         if plan.fresh_noise < 1.0:
-            own = np.repeat(self._own_noise(faces, denoise, table), variants, axis=0)
+            own = np.repeat(self._own_noise(faces, denoise.undistilled(), table), variants, axis=0)
             noise = _mixed(own, noise, plan.fresh_noise)
         x = add_noise(self.schedule, clean, noise, table.start_timestep)
         gradient = IdentityGuidance(

@@ -147,6 +147,9 @@ class Plan:
             √(1 − f²)·own + f·fresh. 1 is the published method. Less keeps more of what makes the
             photo look like a photograph, and leaves the change of identity to the guidance; needs
             another spacing than ``"leading"``.
+        distilled: Sample with `denoise_few`, the model distilled for few steps.
+        otherwise: The plan that takes this one's place on bundles without `denoise_few`; None to
+            sample by the same numbers with `denoise`.
         background: What the background is reset to: the photo's latent ``"noised"`` as far as the
             face is at that step, or always ``"clean"`` as in the published method.
 
@@ -163,6 +166,8 @@ class Plan:
     spacing: Spacing = "trailing"
     background: Literal["noised", "clean"] = "noised"
     fresh_noise: float = 1.0
+    distilled: bool = False
+    otherwise: Plan | None = None
 
     def __post_init__(self) -> None:
         problems = []
@@ -190,7 +195,18 @@ class Plan:
             problems.append(f"fresh_noise is {self.fresh_noise}, expected 0 to 1")
         elif self.fresh_noise < 1.0 and self.spacing == "leading":
             problems.append("fresh_noise below 1 needs another spacing than 'leading'")
+        if self.otherwise is not None:
+            if not self.distilled:
+                problems.append("otherwise is given, but the plan is not distilled")
+            if self.otherwise.guidance.mode != self.guidance.mode:
+                problems.append("otherwise guides the other way")
         _report("plan", problems)
+
+    def fitting(self, has_few: bool) -> Plan:
+        """The plan to follow on a bundle, given whether it has `denoise_few`."""
+        if not self.distilled or has_few:
+            return self
+        return self.otherwise or replace(self, distilled=False)
 
     def table(self, schedule: NoiseSchedule) -> SamplerTable:
         """Sampler table with the guidance weights filled in."""
@@ -297,6 +313,7 @@ class Preset:
                 plan,
                 steps=plan.steps if steps is None else steps,
                 strength=plan.strength if strength is None else strength,
+                otherwise=plan.otherwise and changed(plan.otherwise),
             )
 
         recovery = self.recovery

@@ -112,6 +112,11 @@ class Dimensions:
 
 _IMAGE = ("B", "RGB", "S", "S")
 _LATENT = ("B", "C", "s", "s")
+_DENOISE_INPUTS = (
+    TensorSpec("latent", _LATENT),
+    TensorSpec("timestep", ("B",), "int64"),
+    TensorSpec("conditioning", ("B", "T", "W")),
+)
 _GUIDE_INPUTS = (
     TensorSpec("x0", _LATENT),
     TensorSpec("anchor", ("B", "E")),
@@ -156,11 +161,7 @@ PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
             ProgramSpec(
                 "denoise",
                 "noise prediction of the diffusion model",
-                (
-                    TensorSpec("latent", _LATENT),
-                    TensorSpec("timestep", ("B",), "int64"),
-                    TensorSpec("conditioning", ("B", "T", "W")),
-                ),
+                _DENOISE_INPUTS,
                 (TensorSpec("epsilon", _LATENT),),
             ),
             ProgramSpec(
@@ -189,6 +190,12 @@ OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
                 "image to the probability that a pixel belongs to the face",
                 (TensorSpec("image", _IMAGE),),
                 (TensorSpec("face", ("B", "ONE", "S", "S")),),
+            ),
+            ProgramSpec(
+                "denoise_few",
+                "noise prediction of the diffusion model, distilled for a handful of steps",
+                _DENOISE_INPUTS,
+                (TensorSpec("epsilon", _LATENT),),
             ),
             ProgramSpec(
                 "guide_latent",

@@ -23,6 +23,7 @@ from torch import nn
 from diffveil.bundle import Bundle
 from diffveil.errors import BundleError
 from diffveil_export.components import Components
+from diffveil_export.models.low_rank import low_rank_state
 from diffveil_export.storage import DataFile, quantize
 
 __all__ = ["SOURCE_FILE", "load_embedded", "write_source"]
@@ -32,13 +33,16 @@ _SMALL = 1024  # elements; smaller tensors stand in the index itself
 _DTYPES = {"int8": np.int8, "float16": np.float16, "float32": np.float32}
 
 
-def write_source(folder: Path, components: Components, store: DataFile) -> None:
+def write_source(
+    folder: Path, components: Components, store: DataFile, few: DataFile | None = None
+) -> None:
     """Write the index of a model's parameters; nothing if its networks state no configuration.
 
     Args:
         folder: Folder of the bundle.
         components: The model, its weights rounded as they are stored.
         store: The weights of all programs.
+        few: The weights that only `denoise_few` has.
     """
     if not components.source:
         return
@@ -46,10 +50,15 @@ def write_source(folder: Path, components: Components, store: DataFile) -> None:
     small: dict[str, torch.Tensor] = {}
     for name, value in _state(components):
         tensor = value.detach().cpu().contiguous()
-        place, scale = _place(tensor.numpy(), store) if tensor.numel() >= _SMALL else (None, None)
+        apart = few if name.startswith("few.") and few is not None else None
+        place, scale = None, None
+        if tensor.numel() >= _SMALL:
+            place, scale = _place(tensor.numpy(), apart or store)
         if place is None:
             small[name] = tensor.clone()
             continue
+        if apart is not None:
+            place["data"] = apart.path.name
         places[name] = {**place, "shape": list(tensor.shape)}
         if scale is not None:
             small[f"{name}.scale"] = torch.from_numpy(scale)
@@ -69,7 +78,7 @@ def load_embedded(bundle: Bundle) -> Components:
     """
     from diffusers import UNet2DConditionModel
 
-    from diffveil_export.models.reference import assemble
+    from diffveil_export.models.reference import apply_few, assemble
     from diffveil_export.reference.autoencoder import FaceAutoencoder
     from diffveil_export.reference.conditioner import Conditioner
     from diffveil_export.reference.recognizer import FaceRecognizer
@@ -95,9 +104,13 @@ def load_embedded(bundle: Bundle) -> Components:
             module.load_state_dict(own)
         except RuntimeError as error:
             raise BundleError(f"bundle '{bundle.name}': {SOURCE_FILE}: {error}") from error
+    few = None
+    if "few" in configurations:
+        few = apply_few(parts["unet"], {k[4:]: v for k, v in state.items() if k[:4] == "few."})
     manifest = bundle.manifest
     components = assemble(
         name=bundle.name,
+        few=few,
         licence=manifest.licence,
         thresholds=manifest.thresholds,
         provenance=manifest.provenance,
@@ -118,6 +131,9 @@ def _state(components: Components) -> Iterator[tuple[str, torch.Tensor]]:
     for part, module in parts.items():
         for name, tensor in module.state_dict().items():
             yield f"{part}.{name}", tensor
+    if components.few is not None:
+        for name, tensor in low_rank_state(modules["few"].get_submodule("unet")).items():
+            yield f"few.{name}", tensor
 
 
 def _place(
@@ -149,10 +165,12 @@ def _read(bundle: Bundle) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     with safe_open(path, framework="pt") as file:
         index = json.loads(file.metadata()["index"])
         state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    data = np.memmap(bundle.path / index["data"], np.uint8, "r")
+    files = {index["data"], *(p["data"] for p in index["places"].values() if "data" in p)}
+    maps = {file: np.memmap(bundle.path / file, np.uint8, "r") for file in files}
     for name, place in index["places"].items():
         shape = place["shape"][::-1] if place["transposed"] else place["shape"]
         dtype = np.dtype(_DTYPES[place["kind"]])
+        data = maps[place.get("data", index["data"])]
         raw = data[place["offset"] : place["offset"] + int(np.prod(shape)) * dtype.itemsize]
         array = raw.view(dtype).reshape(shape).astype(np.float32)
         array = array.T if place["transposed"] else array

@@ -1,7 +1,8 @@
 """Loads the reference family: `autoencoder/`, `unet/`, `conditioner/` and `recognizer/` folders.
 
 `unet/` is a diffusers folder; the others hold `config.json` (the constructor's arguments) and
-`model.safetensors`. A `model.json` beside them may state name, licence, thresholds and provenance;
+`model.safetensors`. `few.safetensors`, low-rank changes to the UNet, makes it a few-step model for
+`denoise_few`. A `model.json` beside them may state name, licence, thresholds and provenance;
 a `MODEL_CARD.md` goes into the bundle as it is.
 """
 
@@ -20,11 +21,12 @@ from torch import nn
 from diffveil.errors import OptionError
 from diffveil_export.components import Components, arcface_template, measure_dimensions
 from diffveil_export.models._unet import DiffusersUNet
+from diffveil_export.models.low_rank import load_low_rank
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.conditioner import Conditioner
 from diffveil_export.reference.recognizer import FaceRecognizer
 
-__all__ = ["assemble", "is_reference_folder", "load_reference"]
+__all__ = ["apply_few", "assemble", "is_reference_folder", "load_reference"]
 
 _M = TypeVar("_M", bound=nn.Module)
 _PARTS = ("autoencoder", "unet", "conditioner", "recognizer")
@@ -62,6 +64,7 @@ def assemble(
     licence: str,
     thresholds: Mapping[str, float] | None = None,
     provenance: Mapping[str, str] | None = None,
+    few: nn.Module | None = None,
     card: str = "",
 ) -> Components:
     """Join trained networks of the reference family; the recognizer is fused in a copy.
@@ -75,6 +78,7 @@ def assemble(
         licence: Licence of the weights.
         thresholds: Cosine thresholds by false accept rate.
         provenance: Where the weights come from, by topic.
+        few: What `apply_few` made of `unet`, or None.
         card: Text of the model card.
     """
     # A loader that runs twice on the same recognizer must not fuse it twice.
@@ -99,13 +103,31 @@ def assemble(
         thresholds=dict(thresholds or {}),
         provenance=dict(provenance or {}),
         card=card,
+        few=None if few is None else DiffusersUNet(few.eval()),
         source={
             "autoencoder": autoencoder.config,
             "unet": _constructor_arguments(unet),
             "conditioner": conditioner.config,
             "recognizer": recognizer.config,
+            **({} if few is None else {"few": {}}),
         },
     )
+
+
+def apply_few(unet: nn.Module, state: Mapping[str, torch.Tensor]) -> nn.Module:
+    """A few-step model that shares the UNet's own parameters.
+
+    Args:
+        unet: Not changed.
+        state: Low-rank changes by name, see `models.low_rank`.
+
+    Raises:
+        OptionError: They do not fit.
+    """
+    shared: dict[int, Any] = {id(p): p for p in unet.parameters()}
+    few = copy.deepcopy(unet, shared)
+    load_low_rank(few, state)
+    return few
 
 
 def _constructor_arguments(unet: Any) -> dict[str, Any]:
@@ -139,15 +161,15 @@ def load_reference(folder: Path) -> Components:
         raise OptionError(f"model folder '{folder}' lacks {', '.join(missing)}")
     facts, card = _facts(folder / "model.json"), folder / "MODEL_CARD.md"
     unet_class: Any = diffusers.UNet2DConditionModel  # its methods carry no types
+    unet = unet_class.from_pretrained(
+        folder / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
+    )
+    few = folder / "few.safetensors"
     return assemble(
         name=str(facts.get("name", folder.name)),
         autoencoder=_load(FaceAutoencoder, folder / "autoencoder"),
-        unet=unet_class.from_pretrained(
-            folder / "unet",
-            use_safetensors=True,
-            local_files_only=True,
-            low_cpu_mem_usage=False,
-        ),
+        unet=unet,
+        few=apply_few(unet, load_file(few)) if few.is_file() else None,
         conditioner=_load(Conditioner, folder / "conditioner"),
         recognizer=_load(FaceRecognizer, folder / "recognizer"),
         licence=str(facts.get("licence", "not stated")),

@@ -10,6 +10,7 @@ MODEL/image_encoder              transformers CLIPVisionModel (another folder ma
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -184,6 +185,7 @@ def load_stable_diffusion(
     msi_input: MSIInput = "rgb",
     recognizer_input: str = "auto",
     lora: Sequence[tuple[Path, float]] = (),
+    few_lora: tuple[Path, float] | None = None,
     tokenizer: Path | None = None,
     revision: str | None = None,
     cache: Path | None = None,
@@ -201,6 +203,8 @@ def load_stable_diffusion(
         msi_input: See `VisionEmbedder`.
         recognizer_input: `input_format` of `load_recognizer`.
         lora: Adapters and their scales, fused in this order.
+        few_lora: Adapter of the UNet, and its scale, that makes it a few-step model (LCM-LoRA,
+            TCD-LoRA, Hyper-SD): for the optional program `denoise_few`, `denoise` stays without.
         tokenizer: Folder with `vocab.json`; by default the source's own, or CLIP's where a single
             file has CLIP's vocabulary.
         revision: Of a repository of the hub.
@@ -216,7 +220,7 @@ def load_stable_diffusion(
         msi,
         *recognizers,
         *(p for p in (vision, tokenizer, guide_decoder, parser) if p),
-        *(file for file, _ in lora),
+        *(file for file, _ in (*lora, *([few_lora] if few_lora else []))),
     ]
     folder = Path(source)
     if folder.is_dir():
@@ -232,6 +236,11 @@ def load_stable_diffusion(
     for index, (file, scale) in enumerate(lora, 1):
         (stated,) = fuse_lora(networks.unet, networks.text, file, scale).values()
         provenance[f"lora_{index}"] = stated
+    few: DiffusersUNet | None = None
+    if few_lora is not None:
+        distilled = copy.deepcopy(networks.unet)
+        (provenance["few_lora"],) = fuse_lora(distilled, nn.Module(), *few_lora).values()
+        few = DiffusersUNet(distilled.eval().requires_grad_(False))
     components = assemble(
         name=networks.name,
         vae=networks.vae,
@@ -245,6 +254,7 @@ def load_stable_diffusion(
         schedule=networks.schedule,
         provenance=provenance,
     )
+    components = replace(components, few=few)
     if parser is not None:
         components = replace(
             components,

@@ -45,4 +45,6 @@ def wrap(components: Components, program: str) -> nn.Module:
     }
     if c.parser is not None:
         modules["parse"] = Parse(c.parser)
+    if c.few is not None:
+        modules["denoise_few"] = Denoise(c.few)
     return modules[program].eval()

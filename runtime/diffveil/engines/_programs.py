@@ -104,6 +104,19 @@ class Programs:
         )
         return self._only("epsilon", outputs)
 
+    def denoise_few(self, *, latent: Array, timestep: Array, conditioning: Array) -> _F32:
+        """What `denoise` predicts, by the model distilled for few steps.
+
+        Arguments and result are those of `denoise`.
+
+        Raises:
+            BundleError: The bundle has no program `denoise_few`; see `can`.
+        """
+        outputs = self.engine("denoise_few").run(
+            latent=latent, timestep=timestep, conditioning=conditioning
+        )
+        return self._only("epsilon", outputs)
+
     def recognize(self, *, image: Array) -> _F32:
         """Unit identity embeddings [B, E] of images [B, 3, S, S] in [-1, 1]."""
         return self._only("embedding", self.engine("recognize").run(image=image))
