@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffveil._manifest import FileEntry, Manifest, ProgramEntry, parse_manifest
 from diffveil.errors import BundleCorruptError, BundleError
-from diffveil.programs import Dimensions
+from diffveil.programs import JOINED_LATER, Dimensions
 
 __all__ = [
     "CONSTANTS_FILE",
@@ -116,10 +116,10 @@ class Bundle:
 
         It covers the hashes of programs, weights and constants and the noise schedule, not names,
         licences or parity records: those may be corrected without orphaning keys. Nor does it cover
-        `guide_latent`, which recovery never runs and which may be added to a bundle later.
+        `guide_latent` and `step`, which recovery never runs and which join a bundle later.
         """
         m = self.manifest
-        programs = {name: p for name, p in m.programs.items() if name != "guide_latent"}
+        programs = {name: p for name, p in m.programs.items() if name not in JOINED_LATER}
         weights = {data for program in programs.values() for data in program.data}
         covered = {
             "programs": {name: program.file.sha256 for name, program in programs.items()},

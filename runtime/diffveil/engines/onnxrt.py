@@ -11,6 +11,8 @@ import numpy as np
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Availability, Engine
+from diffveil.engines._loop import Carry, Loop
+from diffveil.engines.bound import BoundLoop
 from diffveil.errors import BackendUnavailableError, EngineError, OptionError
 from diffveil.programs import ALL_PROGRAMS, Dimensions, ProgramSpec, check_inputs
 
@@ -65,6 +67,12 @@ class ONNXRuntimeEngine:
             t.name: value.astype(t.dtype, copy=False)
             for t, value in zip(self._program.outputs, values, strict=True)
         }
+
+    def loop(self, rows: int, carry: Carry) -> Loop:
+        """A loop whose tensors stay in buffers of its own; see `LoopingEngine`."""
+        if self._session is None:
+            raise EngineError(f"the engine of program '{self._program.name}' is closed")
+        return BoundLoop(self._session, self._program, self._dimensions, rows, carry)
 
     def close(self) -> None:
         """Free the session and its weights."""
