@@ -46,7 +46,9 @@ class Assembly:
         self._inputs.append(value)
         return value
 
-    def add(self, part: str, model: ir.Model, inputs: Mapping[str, ir.Value]) -> dict[str, ir.Value]:
+    def add(
+        self, part: str, model: ir.Model, inputs: Mapping[str, ir.Value]
+    ) -> dict[str, ir.Value]:
         """Append a graph.
 
         Args:

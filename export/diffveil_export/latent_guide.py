@@ -144,4 +144,3 @@ def _add_golden(guide: Guide, folder: Path) -> None:
     for tensor, value in zip(_SPEC.outputs, guide(*inputs), strict=True):
         tensors[f"outputs.guide_latent.{tensor.name}"] = value.detach().numpy().copy()
     save_file(tensors, file)
-

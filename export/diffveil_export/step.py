@@ -286,4 +286,3 @@ def _add_golden(separate: nn.Module, folder: Path, dimensions: Dimensions) -> No
     for tensor, value in zip(_SPEC.outputs, separate(*inputs), strict=True):
         tensors[f"outputs.step.{tensor.name}"] = value.contiguous()
     save_file(tensors, file)
-

@@ -1,4 +1,4 @@
-"""Protecting with program `step`: the loop of `diffveil.sampling.run` with nothing between calls."""
+"""The loop of `diffveil.sampling.run` through program `step`, one call a step."""
 
 from __future__ import annotations
 

@@ -10,13 +10,16 @@ import numpy as np
 from diffveil.engines._base import Array, Engine
 from diffveil.errors import EngineError
 
-__all__ = ["Carry", "Loop", "LoopingEngine", "PlainLoop", "loop_of"]
+__all__ = ["STEP_CARRY", "Carry", "Loop", "LoopingEngine", "PlainLoop", "loop_of"]
 
 Carry: TypeAlias = Sequence[Sequence[str]]
 """Chains of names: an output, then the inputs that hold its last value, the one before, and so on.
 
 In a chain, every call's output moves into the first input, that input's old value into the second.
 """
+
+STEP_CARRY: Carry = (("next", "latent", "previous"), ("epsilon", "previous_epsilon"))
+"""How a sampler's step follows on the one before."""
 
 
 class Loop(Protocol):

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
-from diffveil.engines._loop import Loop, loop_of
+from diffveil.engines._loop import STEP_CARRY, Loop, loop_of
 from diffveil.errors import EngineError
 
 __all__ = ["Programs"]
@@ -180,8 +180,7 @@ class Programs:
         Raises:
             BundleError: The bundle has no program `step`.
         """
-        carry = (("next", "latent", "previous"), ("epsilon", "previous_epsilon"))
-        return loop_of(self.engine("step"), rows, carry)
+        return loop_of(self.engine("step"), rows, STEP_CARRY)
 
     def _guide(
         self, program: str, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array

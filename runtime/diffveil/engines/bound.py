@@ -1,4 +1,4 @@
-"""A loop in ONNX Runtime with bound buffers: allocated once, rotated between calls, never copied."""
+"""A loop in ONNX Runtime on buffers of its own: allocated once, rotated between calls."""
 
 from __future__ import annotations
 

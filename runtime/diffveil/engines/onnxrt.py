@@ -117,6 +117,25 @@ class ONNXRuntimeCPU:
             raise BackendUnavailableError(f"backend 'cpu' needs onnxruntime: {_INSTALL}") from error
         path = bundle.program_path(program)
         spec = ALL_PROGRAMS[program]
+        try:
+            session = ort.InferenceSession(
+                os.fspath(path), sess_options=self.options(), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's classes share no public base
+            hint = ""
+            if bundle.program(program).precision == "bfloat16":
+                hint = (
+                    "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
+                    "on a GPU, or export the model in float32 or float16"
+                )
+            raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
+        _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
+        return ONNXRuntimeEngine(session, spec, bundle.dimensions)
+
+    def options(self) -> Any:
+        """ONNX Runtime's `SessionOptions` for every program."""
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads or _usable_cpus()
@@ -129,20 +148,7 @@ class ONNXRuntimeCPU:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Threads that spin between calls steal the CPU from the application around us.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = ort.InferenceSession(
-                os.fspath(path), sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's classes share no public base
-            hint = ""
-            if bundle.program(program).precision == "bfloat16":
-                hint = (
-                    "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
-                    "on a GPU, or export the model in float32 or float16"
-                )
-            raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
-        _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
-        return ONNXRuntimeEngine(session, spec, bundle.dimensions)
+        return options
 
 
 def _usable_cpus() -> int:
