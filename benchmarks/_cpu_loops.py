@@ -116,6 +116,7 @@ class LoopCase:
         """Functions that run the loop and give its last latents; the first is today's default."""
         return {
             "separate programs": self._separate,
+            "the same again": self._separate,
             "fused step, plain calls": lambda: self._fused(self._plain),
             "fused step, bound buffers": lambda: self._fused(self._programs),
             "unrolled into one graph": self._unrolled,
@@ -160,7 +161,9 @@ class LoopCase:
             feed |= {
                 f"timestep_{index}": np.full(rows, step.timestep, dtype=np.int64),
                 f"conditioning_{index}": self._denoise.conditioning(step.timestep, rows),
-                f"coefficients_{index}": np.tile(np.float32(step.coefficients), (rows, 1)),
+                f"coefficients_{index}": np.tile(
+                    np.array(step.coefficients, np.float32), (rows, 1)
+                ),
                 f"background_{index}": np.zeros_like(x) if kept is None else kept,
                 f"mask_{index}": ones if kept is None else self._background.mask,
             }

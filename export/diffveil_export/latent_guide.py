@@ -60,8 +60,8 @@ def add_latent_guide(
 ) -> Bundle:
     """Write a copy of a bundle that holds `guide_latent` as well; recovery keys stay valid.
 
-    A fused `step` does not survive: fuse it again. The program computes in float32, whatever the others do: it is small. Engines that were built
-    from the bundle are not copied.
+    The program computes in float32, whatever the others do: it is small. Engines that were built
+    from the bundle are not copied, nor is a fused `step`, which holds the guide of before.
 
     Args:
         bundle: Any bundle; one that has the program gets it replaced.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -130,10 +131,10 @@ def run_fused(
             normalise=np.full(len(rows), guidance.normalise, dtype=np.float32),
         )
     for index, step in enumerate(table.steps):
-        changed = {
+        changed: dict[str, NDArray[Any]] = {
             "timestep": np.full(len(x), step.timestep, dtype=np.int64),
             "conditioning": denoise.conditioning(step.timestep, len(x)),
-            "coefficients": np.tile(np.float32(step.coefficients), (len(x), 1)),
+            "coefficients": np.tile(np.array(step.coefficients, np.float32), (len(x), 1)),
         }
         if step.n != 0.0:
             changed["noise"] = noise(index)

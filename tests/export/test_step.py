@@ -191,7 +191,7 @@ def test_one_step_is_the_loops(
         **{"latent": x, "previous": x, "epsilon": epsilon, "previous_epsilon": 0 * x},
         **{"noise": noise, "gradient": gradient, "embedding": embedding, **question},
         **{"background": background, "mask": mask},
-        "coefficients": np.tile(np.float32(step.coefficients), (rows, 1)),
+        "coefficients": np.tile(np.array(step.coefficients, np.float32), (rows, 1)),
         "release": np.full(rows, guidance.release, np.float32),
         "normalise": np.full(rows, guidance.normalise, np.float32),
     }

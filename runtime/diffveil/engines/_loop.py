@@ -1,8 +1,9 @@
-"""A program called over and over, its outputs becoming its inputs: what a loop asks of a backend."""
+"""Programs that feed themselves: what a loop asks of a backend, and one for any backend."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
@@ -81,7 +82,7 @@ class PlainLoop:
         self._outputs = self._engine.run(**self._inputs)
         before = self._inputs | self._outputs
         for chain in self._carry:
-            for source, name in zip(chain, chain[1:], strict=False):
+            for source, name in pairwise(chain):
                 self._inputs[name] = before[source]
 
     def get(self, output: str) -> Array:

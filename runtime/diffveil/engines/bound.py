@@ -106,7 +106,7 @@ class BoundLoop:
         """See `Loop.get`."""
         if output not in self._results:
             raise EngineError(f"'{output}' is no output of a call that was made")
-        return self._results[output].copy()
+        return np.array(self._results[output])
 
     def _bind(self, name: str) -> None:
         value = self._buffers[name].value
