@@ -255,6 +255,8 @@ class _Reader:
         names = self.array(fields.get("data"), f"{path}.data", 16)
         rows = self.array(fields.get("parity"), f"{path}.parity", 100)
         parts = self.array(fields.get("parts", []), f"{path}.parts", 16)
+        if any(name not in ALL_PROGRAMS for name in map(str, parts)):
+            self.wrong(f"{path}.parts", "names of programs")
         return ProgramEntry(
             file=self._file(fields, path, fields.get("file", "")),
             data=tuple(self.text(n, f"{path}.data", _FILE_NAME) for n in names),
@@ -268,7 +270,7 @@ class _Reader:
                 None if scale is None else self.number(scale, f"{path}.loss_scale", 1e-12, 1e12)
             ),
             cost=None if cost is None else self._cost(cost, f"{path}.cost"),
-            parts=tuple(self.text(n, f"{path}.parts") for n in parts),
+            parts=tuple(map(str, parts)),
         )
 
     def _cost(self, value: Any, path: str) -> Cost:
