@@ -32,6 +32,8 @@ from diffveil.sampling import run
 from diffveil_export import fuse_cli
 from diffveil_export import step as module
 from diffveil_export.assembly import Assembly
+from diffveil_export.engines.builder import BuildOptions, build_engines
+from diffveil_export.engines.trt_api import load_builder
 from diffveil_export.latent_guide import add_latent_guide
 from diffveil_export.step import Predict, Update, fuse_step
 from diffveil_export.verify import ParityError, random_inputs
@@ -323,6 +325,16 @@ def test_a_bound_loop_is_fed_strictly_and_gives_copies(fused: Bundle) -> None:
         np.testing.assert_allclose(kept["next"], expected["next"], rtol=1e-5, atol=1e-5)
     with pytest.raises(EngineError, match="closed"):
         engine.loop(2, ())  # type: ignore[attr-defined]
+
+
+@pytest.mark.slow
+@pytest.mark.trt
+def test_tensorrt_rtx_builds_it(fused: Bundle, tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    bundle = Bundle.load(shutil.copytree(fused.path, tmp_path / "bundle"))
+    options = BuildOptions(targets=("89",), programs=("step",))
+    (result,) = build_engines(bundle, load_builder("tensorrt-rtx"), options)
+    assert result.status == "built"
 
 
 def test_the_command(
