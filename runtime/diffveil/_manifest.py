@@ -255,7 +255,7 @@ class _Reader:
         names = self.array(fields.get("data"), f"{path}.data", 16)
         rows = self.array(fields.get("parity"), f"{path}.parity", 100)
         parts = self.array(fields.get("parts", []), f"{path}.parts", 16)
-        if any(name not in ALL_PROGRAMS for name in map(str, parts)):
+        if any(not isinstance(name, str) or name not in ALL_PROGRAMS for name in parts):
             self.wrong(f"{path}.parts", "names of programs")
         return ProgramEntry(
             file=self._file(fields, path, fields.get("file", "")),
@@ -270,7 +270,7 @@ class _Reader:
                 None if scale is None else self.number(scale, f"{path}.loss_scale", 1e-12, 1e12)
             ),
             cost=None if cost is None else self._cost(cost, f"{path}.cost"),
-            parts=tuple(map(str, parts)),
+            parts=tuple(name for name in parts if isinstance(name, str)),
         )
 
     def _cost(self, value: Any, path: str) -> Cost:
