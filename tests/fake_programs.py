@@ -53,6 +53,7 @@ def fake_bundle(folder: Path, *, name: str = "fake", optional: Iterable[str] = (
             tuple(TensorEntry(t.name, t.dtype, t.shape(DIMENSIONS)) for t in spec.inputs),
             tuple(TensorEntry(t.name, t.dtype, t.shape(DIMENSIONS)) for t in spec.outputs),
             (),
+            parts=("denoise", "guide") if spec.name == "step" else (),
         )
         for spec in (*PROGRAMS.values(), *(ALL_PROGRAMS[o] for o in optional))
     }
@@ -136,6 +137,10 @@ class FakeBackend:
         condition = conditioning.mean(axis=(1, 2)) + timestep / 1000.0
         return {"epsilon": np.tanh(latent + condition[:, None, None, None])}
 
+    def denoise_few(self, **inputs: Array) -> dict[str, Array]:
+        """Another model: it predicts half as much."""
+        return {"epsilon": 0.5 * self.denoise(**inputs)["epsilon"]}
+
     def recognize(self, image: F32) -> dict[str, Array]:
         return {"embedding": self._identify(self.encode(image)["latent"])[0]}
 
@@ -157,6 +162,28 @@ class FakeBackend:
     def guide_latent(self, **inputs: F32) -> dict[str, Array]:
         """A student that learnt perfectly."""
         return self.guide(**inputs)
+
+    def step(self, **inputs: Array) -> dict[str, Array]:
+        """Row by row and in float64, where the real one computes whole batches."""
+        i = inputs
+        epsilon = self.denoise(i["latent"], i["timestep"], i["conditioning"])["epsilon"]
+        rows = i["coefficients"].astype(np.float64)
+        a0, a1, b0, b1, n, g, x0_x, x0_eps = rows.T[:, :, None, None, None]
+        asked = {name: i[name] for name in ("anchor", "repel", "attract", "sibling")}
+        guided = self.guide((x0_x * i["latent"] + x0_eps * epsilon).astype(np.float32), **asked)
+        gradient, e = guided["gradient"].copy(), guided["embedding"]
+        pushed = np.ones(len(e))
+        for row, own in enumerate(e):
+            others = [o for o in range(len(e)) if i["sibling"][min(row, o), max(row, o)] > 0]
+            held = any(e[o] @ own > 0 for o in others if o != row)
+            towards = own @ i["anchor"][row] * (1 if i["attract"][row] > i["repel"][row] else -1)
+            pushed[row] = held or towards < i["release"][row]
+            rms = np.sqrt(np.mean(gradient[row] ** 2)) if i["normalise"][row] else 1.0
+            gradient[row] *= pushed[row] / rms if rms > 1e-12 else 0.0
+        x = a0 * i["latent"] + a1 * i["previous"] + b0 * epsilon + b1 * i["previous_epsilon"]
+        x = x + n * i["noise"] - g * gradient
+        x = i["background"] + i["mask"] * (x - i["background"])
+        return {"next": x, "epsilon": epsilon, "embedding": e, "pushed": pushed}
 
     def _identify(self, latent: Array) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         features = latent.reshape(len(latent), -1) @ self.identity.T

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,6 +25,7 @@ from diffveil_export.components import Components
 __all__ = [
     "ProgramFacts",
     "digest",
+    "enter_program",
     "staged_folder",
     "tensor_entries",
     "write_json",
@@ -42,6 +43,7 @@ class ProgramFacts:
         precision: Type that it computes in.
         loss_scale: See `diffveil._manifest.ProgramEntry`.
         cost: Operations and bytes.
+        parts: Programs that it was composed of.
     """
 
     data: tuple[str, ...]
@@ -49,6 +51,7 @@ class ProgramFacts:
     precision: str = "float32"
     loss_scale: float | None = None
     cost: Cost | None = None
+    parts: tuple[str, ...] = ()
 
     def fields(self) -> dict[str, Any]:
         """As they stand in the manifest; what is not known is left out."""
@@ -61,6 +64,8 @@ class ProgramFacts:
             fields["loss_scale"] = self.loss_scale
         if self.cost is not None:
             fields["cost"] = asdict(self.cost)
+        if self.parts:
+            fields["parts"] = list(self.parts)
         return fields
 
 
@@ -158,6 +163,38 @@ def write_manifest(
             if file.name not in onnx_files | {MANIFEST_FILE}
         },
     }
+    write_json(folder, manifest)
+
+
+def enter_program(
+    folder: Path,
+    spec: ProgramSpec,
+    dimensions: Dimensions,
+    facts: ProgramFacts,
+    provenance: Mapping[str, str],
+    files: Iterable[str] = (),
+) -> None:
+    """State a program that joins a finished bundle, in place of one of its name.
+
+    Args:
+        folder: Holds `<program>.onnx` and the manifest.
+        spec: The program.
+        dimensions: Sizes of the bundle's fixed axes.
+        facts: What else to state.
+        provenance: Added to what the manifest states.
+        files: Other files that are new or have changed; those that do not exist are passed over.
+    """
+    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    manifest["programs"][spec.name] = {
+        "file": f"{spec.name}.onnx",
+        **digest(folder / f"{spec.name}.onnx"),
+        **facts.fields(),
+        **tensor_entries(spec, dimensions),
+    }
+    for name in files:
+        if (folder / name).exists():
+            manifest["files"][name] = digest(folder / name)
+    manifest["provenance"] = {**manifest["provenance"], **provenance}
     write_json(folder, manifest)
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from diffveil.programs import ALL_PROGRAMS, STAGES, Dimensions, ProgramSpec
+from diffveil.programs import ALL_PROGRAMS, JOINED_LATER, STAGES, Dimensions, ProgramSpec
 from diffveil.schedule import NoiseSchedule
 
 __all__ = [
@@ -192,8 +192,7 @@ class Components:
     @property
     def programs(self) -> tuple[ProgramSpec, ...]:
         """The programs that a bundle of this model holds, in the order of their export."""
-        # guide_latent is trained on a bundle, and joins it then.
-        optional = {"parse": self.parser, "denoise_few": self.few, "guide_latent": None}
+        optional = {"parse": self.parser, "denoise_few": self.few, **dict.fromkeys(JOINED_LATER)}
         return tuple(s for s in ALL_PROGRAMS.values() if optional.get(s.name, s) is not None)
 
     @property

@@ -16,12 +16,11 @@ from diffveil.bundle import MANIFEST_FILE, Bundle
 from diffveil.engines import ONNXRuntimeCPU
 from diffveil.errors import OptionError
 from diffveil.golden import GOLDEN_FILE, check_backend
-from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES, Dimensions
+from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES
 from diffveil_export.bundle_writer import (
     ProgramFacts,
-    digest,
+    enter_program,
     staged_folder,
-    tensor_entries,
     write_json,
 )
 from diffveil_export.cost import program_cost
@@ -62,7 +61,7 @@ def add_latent_guide(
     """Write a copy of a bundle that holds `guide_latent` as well; recovery keys stay valid.
 
     The program computes in float32, whatever the others do: it is small. Engines that were built
-    from the bundle are not copied.
+    from the bundle are not copied, nor is a fused `step`, which holds the guide of before.
 
     Args:
         bundle: Any bundle; one that has the program gets it replaced.
@@ -88,6 +87,7 @@ def add_latent_guide(
         listed = {file.name for file in bundle.manifest.all_files()} - {_DATA}
         for name in sorted(listed | {MANIFEST_FILE}):
             shutil.copyfile(bundle.path / name, folder / name)
+        _drop_step(folder)
 
         inputs = random_inputs(_SPEC, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))
         dynamic = tuple(
@@ -103,7 +103,8 @@ def add_latent_guide(
         _add_golden(guide, folder)
 
         facts = {"guide_latent": student.origin} if student.origin else {}
-        _add_entry(folder, d, ProgramFacts((_DATA,), cost=cost), facts)
+        changed = (_DATA, GOLDEN_FILE)
+        enter_program(folder, _SPEC, d, ProgramFacts((_DATA,), cost=cost), facts, changed)
         staged, backend = Bundle.load(folder), ONNXRuntimeCPU(threads=torch.get_num_threads())
         engine = backend.load(staged, "guide_latent")
         rows = check_program(guide, engine, d)
@@ -112,9 +113,20 @@ def add_latent_guide(
             rows += check_backend(staged, backend, programs=["guide_latent"])
         require_parity(rows)
         parity = tuple(row.entry() for row in rows)
-        _add_entry(folder, d, ProgramFacts((_DATA,), parity=parity, cost=cost), facts)
+        enter_program(folder, _SPEC, d, ProgramFacts((_DATA,), parity=parity, cost=cost), facts)
         Bundle.load(folder).verify(full=True)
     return Bundle.load(target)
+
+
+def _drop_step(folder: Path) -> None:
+    """A fused `step` holds the guide that was there before: it is to be fused again."""
+    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
+    step = manifest["programs"].pop("step", None)
+    if step is None:
+        return
+    (folder / step["file"]).unlink()
+    manifest["provenance"].pop("step", None)
+    write_json(folder, manifest)
 
 
 def _add_golden(guide: Guide, folder: Path) -> None:
@@ -132,20 +144,3 @@ def _add_golden(guide: Guide, folder: Path) -> None:
     for tensor, value in zip(_SPEC.outputs, guide(*inputs), strict=True):
         tensors[f"outputs.guide_latent.{tensor.name}"] = value.detach().numpy().copy()
     save_file(tensors, file)
-
-
-def _add_entry(
-    folder: Path, dimensions: Dimensions, entry: ProgramFacts, facts: dict[str, str]
-) -> None:
-    manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
-    manifest["programs"]["guide_latent"] = {
-        "file": "guide_latent.onnx",
-        **digest(folder / "guide_latent.onnx"),
-        **entry.fields(),
-        **tensor_entries(_SPEC, dimensions),
-    }
-    for name in (_DATA, GOLDEN_FILE):
-        if (folder / name).exists():
-            manifest["files"][name] = digest(folder / name)
-    manifest["provenance"] = {**manifest["provenance"], **facts}
-    write_json(folder, manifest)

@@ -34,7 +34,7 @@ def random_inputs(
     """Inputs of a program as a pipeline might give them, in order, on the CPU.
 
     Images are smooth and fill [-1, 1], latents and tokens normal, anchors unit vectors, weights
-    uniform in [0, 1], timesteps uniform over the schedule.
+    and masks uniform in [0, 1], timesteps uniform over the schedule.
     """
     return tuple(random_tensor(t, dimensions, batch, generator) for t in spec.inputs)
 
@@ -50,8 +50,12 @@ def random_tensor(
         coarse = torch.randn(batch, 3, 4, 4, generator=generator)
         size = (dimensions.image_size, dimensions.image_size)
         return nn.functional.interpolate(coarse, size, mode="bilinear").tanh()
-    if tensor.name in ("repel", "attract", "sibling"):
+    if tensor.name in ("repel", "attract", "sibling", "coefficients", "mask"):
         return torch.rand(shape, generator=generator)
+    if tensor.name == "release":  # some rows are beyond it, some are not
+        return torch.rand(shape, generator=generator) - 0.5
+    if tensor.name == "normalise":
+        return torch.randint(0, 2, shape, generator=generator).float()
     value = torch.randn(shape, generator=generator)
     return nn.functional.normalize(value, dim=1) if tensor.name == "anchor" else value
 

@@ -119,6 +119,7 @@ class ProgramEntry:
         loss_scale: Factor by which `guide` multiplies its energy before the way back, and divides
             the gradient after it; None for other programs.
         cost: Operations and bytes; None where the exporter did not count them.
+        parts: Programs that this one was composed of; none but for `step`.
     """
 
     file: FileEntry
@@ -129,6 +130,7 @@ class ProgramEntry:
     precision: str = "float32"
     loss_scale: float | None = None
     cost: Cost | None = None
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -244,7 +246,7 @@ class _Reader:
         self, value: Any, path: str, spec: ProgramSpec, dimensions: Dimensions
     ) -> ProgramEntry:
         known = ("file", "sha256", "bytes", "data", "inputs", "outputs", "parity")
-        fields = self.object(value, path, known, ("precision", "loss_scale", "cost"))
+        fields = self.object(value, path, known, ("precision", "loss_scale", "cost", "parts"))
         precision = fields.get("precision", "float32")
         if precision not in _PRECISIONS:
             self.wrong(f"{path}.precision", " or ".join(_PRECISIONS))
@@ -252,6 +254,9 @@ class _Reader:
         cost = fields.get("cost")
         names = self.array(fields.get("data"), f"{path}.data", 16)
         rows = self.array(fields.get("parity"), f"{path}.parity", 100)
+        parts = self.array(fields.get("parts", []), f"{path}.parts", 16)
+        if any(not isinstance(name, str) or name not in ALL_PROGRAMS for name in parts):
+            self.wrong(f"{path}.parts", "names of programs")
         return ProgramEntry(
             file=self._file(fields, path, fields.get("file", "")),
             data=tuple(self.text(n, f"{path}.data", _FILE_NAME) for n in names),
@@ -265,6 +270,7 @@ class _Reader:
                 None if scale is None else self.number(scale, f"{path}.loss_scale", 1e-12, 1e12)
             ),
             cost=None if cost is None else self._cost(cost, f"{path}.cost"),
+            parts=tuple(name for name in parts if isinstance(name, str)),
         )
 
     def _cost(self, value: Any, path: str) -> Cost:

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from diffveil._manifest import FileEntry, Manifest, ProgramEntry, parse_manifest
 from diffveil.errors import BundleCorruptError, BundleError
-from diffveil.programs import Dimensions
+from diffveil.programs import JOINED_LATER, Dimensions
 
 __all__ = [
     "CONSTANTS_FILE",
@@ -35,7 +35,7 @@ CONSTANTS_FILE = "constants.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_CONSTANTS_BYTES = 64 << 20
 _CHUNK = 1 << 20
-_NEVER_RECOVERS = frozenset({"denoise_few", "guide_latent"})
+_NEVER_RECOVER = frozenset({"denoise_few", *JOINED_LATER})
 
 
 def embedded_bundle_path() -> Path:
@@ -117,10 +117,10 @@ class Bundle:
 
         It covers the hashes of programs, weights and constants and the noise schedule, not names,
         licences or parity records: those may be corrected without orphaning keys. Nor does it cover
-        `denoise_few` and `guide_latent`, which recovery never runs: they may be added later.
+        `denoise_few`, `guide_latent` and `step`, which recovery never runs: they may join later.
         """
         m = self.manifest
-        programs = {name: p for name, p in m.programs.items() if name not in _NEVER_RECOVERS}
+        programs = {name: p for name, p in m.programs.items() if name not in _NEVER_RECOVER}
         weights = {data for program in programs.values() for data in program.data}
         covered = {
             "programs": {name: program.file.sha256 for name, program in programs.items()},

@@ -78,11 +78,11 @@ class Denoiser:
             self._max_batch,
             latent=x,
             timestep=np.full(len(x), timestep, dtype=np.int64),
-            conditioning=self._conditioning(timestep, len(x)),
+            conditioning=self.conditioning(timestep, len(x)),
         )
 
-    def _conditioning(self, timestep: int, rows: int) -> NDArray[np.float32]:
-        """Float32 [rows, T, W]."""
+    def conditioning(self, timestep: int, rows: int) -> NDArray[np.float32]:
+        """What all rows are conditioned on at a timestep: float32 [rows, T, W]."""
         if timestep > self._conditional_above:
             own = self._stages[self._stage(timestep)]
             return own if self._variants == 1 else np.repeat(own, self._variants, axis=0)

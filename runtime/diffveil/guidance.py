@@ -93,19 +93,41 @@ class IdentityGuidance:
         self._last = direction
         return direction
 
+    def question(self, rows: NDArray[np.intp]) -> dict[str, NDArray[np.float32]]:
+        """What program `guide` is asked for whole faces' rows [B], beside the latents."""
+        repel = np.full(len(rows), self._repel, dtype=np.float32)
+        faces = np.eye(len(rows) // self._variants, dtype=np.float32)
+        return {
+            "anchor": self._anchors[rows],
+            "repel": repel,
+            "attract": np.float32(1.0) - repel,
+            "sibling": np.kron(faces, self._pairs),
+        }
+
+    @property
+    def variants(self) -> int:
+        """Rows of a face."""
+        return self._variants
+
+    @property
+    def normalise(self) -> bool:
+        """Whether gradients become of unit size."""
+        return self._guidance.normalise == "rms"
+
+    @property
+    def release(self) -> float:
+        """The margin as program `step` takes it; see `diffveil.engines.Programs.step_loop`."""
+        margin = self._guidance.margin
+        if margin is None:
+            return 2.0  # no cosine reaches it
+        # Repelling by attraction to the opposite embedding turns the cosine's sign once more.
+        return margin if self._guidance.mode == "attract" else -margin
+
     def _gradient(self, x0: Latent, rows: NDArray[np.intp]) -> tuple[Latent, NDArray[np.bool_]]:
         """Gradient at latents [B, C, s, s] of those rows, and which of them it pushes, [B]."""
-        faces = len(x0) // self._variants
-        repel = np.full(len(rows), self._repel, dtype=np.float32)
-        gradient, _, embedding = self._guide(
-            x0=x0,
-            anchor=self._anchors[rows],
-            repel=repel,
-            attract=np.float32(1.0) - repel,
-            sibling=np.kron(np.eye(faces, dtype=np.float32), self._pairs),
-        )
+        gradient, _, embedding = self._guide(x0=x0, **self.question(rows))
         scale = np.ones(len(x0))
-        if self._guidance.normalise == "rms":
+        if self.normalise:
             rms = np.sqrt(np.mean(np.square(gradient, dtype=np.float64), axis=(1, 2, 3)))
             scale = np.divide(1.0, rms, out=np.zeros_like(rms), where=rms > _VANISHING_RMS)
         released = self._released(embedding, self._identities[rows])

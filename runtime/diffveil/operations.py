@@ -20,12 +20,13 @@ from diffveil.batching import MAX_BATCH, in_chunks
 from diffveil.denoising import Denoiser
 from diffveil.engines import Programs
 from diffveil.errors import OptionError
+from diffveil.fused import Background, can_run_fused, run_fused
 from diffveil.guidance import IdentityGuidance
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
-from diffveil.samplers import SamplerTable, Step, retrace
-from diffveil.sampling import Blend, Latent, Progress, add_noise, run
+from diffveil.samplers import SamplerTable, retrace
+from diffveil.sampling import Latent, Progress, add_noise, run
 
 __all__ = ["Crops", "FaceBatch", "FaceOperations"]
 
@@ -286,19 +287,37 @@ class FaceOperations:
             variants=variants,
             max_batch=self.max_batch,
         )
-        blend = None
+        background = None
         if plan.background_below:
             masks = np.repeat(faces.masks, variants, axis=0)
-            blend = self._keep_background(plan, clean, noise, masks)
-        x, _ = run(
-            table,
-            x,
-            denoise.varied(variants),
-            gradient=gradient,
-            noise=lambda index: self._step_noise(keys, variants, index),
-            blend=blend,
-            progress=progress,
-        )
+            background = Background(self.schedule, plan, clean, noise, masks)
+
+        def fresh(index: int) -> Latent:
+            return self._step_noise(keys, variants, index)
+
+        denoise = denoise.varied(variants)
+        if can_run_fused(self.programs, plan, table):
+            x = run_fused(
+                self.programs,
+                table,
+                x,
+                denoise,
+                gradient,
+                noise=fresh,
+                background=background,
+                max_batch=self.max_batch,
+                progress=progress,
+            )
+        else:
+            x, _ = run(
+                table,
+                x,
+                denoise,
+                gradient=gradient,
+                noise=fresh,
+                blend=background,
+                progress=progress,
+            )
         images = self._decode(x)
         return images.reshape(len(faces), variants, *images.shape[1:])
 
@@ -309,19 +328,6 @@ class FaceOperations:
         start = table.start_timestep
         signal, sigma = self.schedule.signal(start), self.schedule.noise(start)
         return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)
-
-    def _keep_background(self, plan: Plan, clean: Latent, noise: Latent, mask: _F32) -> Blend:
-        """Outside the face the latent becomes the photo's again, late in the run."""
-
-        def blend(x: Latent, step: Step) -> Latent:
-            if step.timestep >= plan.background_below:
-                return x
-            background = clean
-            if plan.background == "noised":
-                background = add_noise(self.schedule, clean, noise, step.next_timestep)
-            return background + mask * (x - background)
-
-        return blend
 
     def _decode(self, latents: Latent) -> _F32:
         images = in_chunks(self.programs.decode, self.max_batch, latent=latents)

@@ -7,6 +7,7 @@ engines check what they are given with it and tests draw random inputs from it. 
     N  tokens of one call (dynamic)       D     width of a token
     S  side of a face crop in pixels      T, W  length and width of a conditioning sequence
     K  diffusion stages (10)              E     width of an identity embedding
+    Q  coefficients of a sampler's step (8)
 
 Images are RGB in [-1, 1]; every tensor is float32 at this interface but `timestep`, which is int64.
 """
@@ -21,10 +22,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffveil.errors import EngineError
+from diffveil.samplers.table import COEFFICIENTS
 
 __all__ = [
     "ALL_PROGRAMS",
     "DYNAMIC_AXES",
+    "JOINED_LATER",
     "OPTIONAL_PROGRAMS",
     "PROGRAMS",
     "STAGES",
@@ -105,6 +108,7 @@ class Dimensions:
             "W": self.conditioning_width,
             "E": self.embedding_width,
             "K": self.stages,
+            "Q": len(COEFFICIENTS),
             "RGB": 3,
             "ONE": 1,
         }[axis]
@@ -203,10 +207,37 @@ OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
                 _GUIDE_INPUTS,
                 _GUIDE_OUTPUTS,
             ),
+            ProgramSpec(
+                "step",
+                "denoise, guidance, sampler update and background in one graph",
+                (
+                    TensorSpec("latent", _LATENT),
+                    TensorSpec("previous", _LATENT),
+                    TensorSpec("previous_epsilon", _LATENT),
+                    TensorSpec("timestep", ("B",), "int64"),
+                    TensorSpec("conditioning", ("B", "T", "W")),
+                    TensorSpec("coefficients", ("B", "Q")),
+                    TensorSpec("noise", _LATENT),
+                    *_GUIDE_INPUTS[1:],
+                    TensorSpec("release", ("B",)),
+                    TensorSpec("normalise", ("B",)),
+                    TensorSpec("background", _LATENT),
+                    TensorSpec("mask", ("B", "ONE", "s", "s")),
+                ),
+                (
+                    TensorSpec("next", _LATENT),
+                    TensorSpec("epsilon", _LATENT),
+                    TensorSpec("embedding", ("B", "E")),
+                    TensorSpec("pushed", ("B",)),
+                ),
+            ),
         )
     }
 )
 """Programs that a bundle may hold besides."""
+
+JOINED_LATER = frozenset({"guide_latent", "step"})
+"""Optional programs that are made from a finished bundle, and that recovery never runs."""
 
 ALL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType({**PROGRAMS, **OPTIONAL_PROGRAMS})
 """Every program that there is."""

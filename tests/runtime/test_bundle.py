@@ -171,6 +171,8 @@ CHANGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "threshold": (lambda c: c.update(thresholds={"far_1e-2": 2}), "thresholds"),
     "program missing": (lambda c: c["programs"].pop("guide"), "programs.guide"),
     "program unknown": (lambda c: c["programs"].update(shell={}), "programs.shell"),
+    "parts": (lambda c: c["programs"]["encode"].update(parts=["shell"]), "programs.encode.parts"),
+    "no parts": (lambda c: c["programs"]["encode"].update(parts="guide"), "programs.encode.parts"),
     "path": (lambda c: c["programs"]["encode"].update(file="../x"), "programs.encode.file"),
     "absolute": (lambda c: c["programs"]["encode"].update(file="/etc/x"), "programs.encode.file"),
     "hidden": (lambda c: c["files"].update({".x": {"sha256": "0" * 64, "bytes": 1}}), "files..x"),

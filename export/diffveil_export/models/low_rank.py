@@ -47,12 +47,13 @@ class LowRankLinear(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """As the layer itself, with the changed weight."""
         base, up, down = self.base, self.up.weight, self.down.weight
-        if x.ndim == 2 and base.bias is not None:
-            return F.linear(x, base.weight + up @ down, base.bias)
+        bias: torch.Tensor | None = base.bias
+        if x.ndim == 2 and bias is not None:
+            return F.linear(x, base.weight + up @ down, bias)
         # Exporters write such a layer as a product with the transposed weight. Only if the change
         # is added to that do both models have the same weight to share.
         result = x @ (base.weight.t() + down.t() @ up.t())
-        return result if base.bias is None else result + base.bias
+        return result if bias is None else result + bias
 
 
 class LowRankConv2d(nn.Module):

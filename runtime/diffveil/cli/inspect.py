@@ -63,6 +63,7 @@ def describe_bundle(path: Path) -> dict[str, Any]:
                 "bytes": program.file.bytes,
                 "weights": list(program.data),
                 "precision": program.precision,
+                **({"parts": list(program.parts)} if program.parts else {}),
                 **({"loss_scale": program.loss_scale} if program.loss_scale else {}),
                 **(asdict(program.cost) if program.cost else {}),
                 # How far the worst output was from PyTorch at export, relative to its range.

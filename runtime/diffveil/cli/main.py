@@ -11,6 +11,7 @@ from importlib import import_module
 from diffveil._version import __version__
 from diffveil.cli import build as _build
 from diffveil.cli import distill as _distill
+from diffveil.cli import fuse as _fuse
 from diffveil.cli import verify as _verify
 from diffveil.cli.exits import ExitCode, exit_code_of
 
@@ -92,6 +93,7 @@ Nothing in a pickled file is run. The bundle is verified against PyTorch, whole 
 """,
     "build": _build.EXAMPLES,
     "distill-guide": _distill.EXAMPLES,
+    "fuse-step": _fuse.EXAMPLES,
     "verify": _verify.EXAMPLES,
 }
 
@@ -181,6 +183,10 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     _distill.add_arguments(
         add("distill-guide", "distill", "make a bundle's guidance cheap (extra: export)")
+    )
+
+    _fuse.add_arguments(
+        add("fuse-step", "fuse", "put a sampling step into one program (extra: export)")
     )
 
     _build.add_arguments(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffveil.engines._base import Array, Availability, Backend, Engine
+from diffveil.engines._loop import Loop
 from diffveil.engines._programs import Programs
 from diffveil.engines._select import BACKENDS, Reason, Selection, select_backend
 from diffveil.engines.onnxrt import ONNXRuntimeCPU
@@ -13,6 +14,7 @@ __all__ = [
     "Availability",
     "Backend",
     "Engine",
+    "Loop",
     "ONNXRuntimeCPU",
     "Programs",
     "Reason",

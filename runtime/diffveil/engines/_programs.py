@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
+from diffveil.engines._loop import STEP_CARRY, Loop, loop_of
 from diffveil.errors import EngineError
 
 __all__ = ["Programs"]
@@ -165,6 +166,34 @@ class Programs:
             BundleError: The bundle has no program `guide_latent`; see `can`.
         """
         return self._guide("guide_latent", x0, anchor, repel, attract, sibling)
+
+    def step_loop(self, rows: int) -> Loop:
+        """A loop of program `step` over that many rows B; see `can`.
+
+        A call denoises, asks for the identity gradient and makes one step of a sampler:
+
+            ε  = denoise(latent, timestep, conditioning)
+            gradient, embedding = guide(x0_x·latent + x0_eps·ε, anchor, repel, attract, sibling)
+            x  = a0·latent + a1·previous + b0·ε + b1·previous_epsilon + n·noise − g·gradient
+            next = background + mask·(x − background)
+
+        Latent, previous [B, C, s, s] and previous_epsilon carry over from call to call; what else
+        it takes is put: timestep [B] int64, conditioning [B, T, W], coefficients [B, 8] (order of
+        `diffveil.samplers.table.COEFFICIENTS`), noise [B, C, s, s], background like it and mask
+        [B, 1, s, s] (zeros and ones: no background), what `guide` takes, and
+
+        * normalise [B]: above 0, the row's gradient is divided by its root mean square; one that
+          vanishes becomes zero;
+        * release [B]: rows whose embedding has come this far are not pushed: cos(e, anchor) where
+          attract is above repel, −cos(e, anchor) elsewhere, is at least this, and no sibling of
+          theirs has a cosine above 0 with them. 2: every row is pushed.
+
+        It returns next, epsilon, embedding [B, E] and pushed [B], 1 where the row was not released.
+
+        Raises:
+            BundleError: The bundle has no program `step`.
+        """
+        return loop_of(self.engine("step"), rows, STEP_CARRY)
 
     def _guide(
         self, program: str, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array

@@ -11,6 +11,8 @@ import numpy as np
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Availability, Engine
+from diffveil.engines._loop import Carry, Loop
+from diffveil.engines.bound import BoundLoop
 from diffveil.errors import BackendUnavailableError, EngineError, OptionError
 from diffveil.programs import ALL_PROGRAMS, Dimensions, ProgramSpec, check_inputs
 
@@ -66,6 +68,12 @@ class ONNXRuntimeEngine:
             for t, value in zip(self._program.outputs, values, strict=True)
         }
 
+    def loop(self, rows: int, carry: Carry) -> Loop:
+        """A loop whose tensors stay in buffers of its own; see `LoopingEngine`."""
+        if self._session is None:
+            raise EngineError(f"the engine of program '{self._program.name}' is closed")
+        return BoundLoop(self._session, self._program, self._dimensions, rows, carry)
+
     def close(self) -> None:
         """Free the session and its weights."""
         self._session = None
@@ -109,6 +117,25 @@ class ONNXRuntimeCPU:
             raise BackendUnavailableError(f"backend 'cpu' needs onnxruntime: {_INSTALL}") from error
         path = bundle.program_path(program)
         spec = ALL_PROGRAMS[program]
+        try:
+            session = ort.InferenceSession(
+                os.fspath(path), sess_options=self.options(), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's classes share no public base
+            hint = ""
+            if bundle.program(program).precision == "bfloat16":
+                hint = (
+                    "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
+                    "on a GPU, or export the model in float32 or float16"
+                )
+            raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
+        _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
+        return ONNXRuntimeEngine(session, spec, bundle.dimensions)
+
+    def options(self) -> Any:
+        """ONNX Runtime's `SessionOptions` for every program."""
+        import onnxruntime as ort
+
         options = ort.SessionOptions()
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
         options.intra_op_num_threads = self.threads or _usable_cpus()
@@ -121,20 +148,7 @@ class ONNXRuntimeCPU:
         options.add_session_config_entry("session.disable_quant_qdq", "1")
         # Threads that spin between calls steal the CPU from the application around us.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        try:
-            session = ort.InferenceSession(
-                os.fspath(path), sess_options=options, providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's classes share no public base
-            hint = ""
-            if bundle.program(program).precision == "bfloat16":
-                hint = (
-                    "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
-                    "on a GPU, or export the model in float32 or float16"
-                )
-            raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
-        _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
-        return ONNXRuntimeEngine(session, spec, bundle.dimensions)
+        return options
 
 
 def _usable_cpus() -> int:

@@ -17,7 +17,10 @@ from dataclasses import dataclass, replace
 
 from diffveil.errors import OptionError
 
-__all__ = ["SamplerTable", "Step"]
+__all__ = ["COEFFICIENTS", "SamplerTable", "Step"]
+
+COEFFICIENTS = ("a0", "a1", "b0", "b1", "n", "g", "x0_x", "x0_eps")
+"""Numbers of a step in the order in which program `step` takes them."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,11 @@ class Step:
     g: float
     x0_x: float
     x0_eps: float
+
+    @property
+    def coefficients(self) -> tuple[float, ...]:
+        """Its numbers, in the order of `COEFFICIENTS`."""
+        return tuple(getattr(self, name) for name in COEFFICIENTS)
 
     def inverse(self, next_timestep: int) -> Step:
         """The same relation between three neighbouring latents, solved for x_prev.
