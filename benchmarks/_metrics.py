@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -23,6 +25,12 @@ class Verification:
         labels = np.unique(people, return_inverse=True)[1]
         self.same = labels[:, None] == labels[None, :]
         self.impostors = (embeddings @ embeddings.T)[np.triu(~self.same, 1)]
+
+    def first(self, count: int) -> Verification:
+        """The same operating point, for probes of the first photos alone."""
+        part = copy.copy(self)
+        part.original, part.same = self.original[:count], self.same[:count, :count]
+        return part
 
     def threshold(self, far: float) -> float:
         """Cosine above which a share `far` of impostor pairs is accepted."""

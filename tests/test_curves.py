@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks import curves
+from benchmarks._refine import refinement
 from benchmarks.curves import choices, worst
 
+from diffveil.bundle import Bundle
 from diffveil.presets import PRESETS
 from diffveil.schedule import NoiseSchedule
 
@@ -35,6 +37,54 @@ def test_every_choice_is_a_plan_of_its_own() -> None:
 
 def test_brief_means_the_presets() -> None:
     assert len(list(choices(brief=True))) == 2 * len(PRESETS)
+
+
+def test_distilled_samplers_are_for_distilled_models() -> None:
+    for choice in choices(brief=False, has_few=False):
+        if choice.family != "presets":
+            assert choice.family not in ("lcm", "tcd")
+            assert not choice.plan.distilled
+    for choice in choices(brief=False):
+        if choice.family in ("lcm", "tcd", "ddim", "dpm++2m"):
+            assert choice.plan.distilled is (choice.family in ("lcm", "tcd"))
+
+
+def test_tables_say_what_was_measured() -> None:
+    points = [
+        {
+            "name": choice.name,
+            "family": choice.family,
+            "operation": choice.operation,
+            "faces": 80 if choice.family == "presets" else 24,
+            "evaluations": 7,
+            "milliseconds": 123.4,
+            "worst": 0.0125,
+        }
+        for choice in choices(brief=False)
+    ]
+    report = {
+        "faces": 80,
+        "bundle": "tiny",
+        "backend": "cpu",
+        "paper_in_pytorch": {
+            "milliseconds": {"one variant": 2000.0, "as released": 9000.0},
+            "ratios": {n: {"one variant": 20.5, "as released": 90.5} for n in PRESETS},
+        },
+        "points": points,
+        "recovery": [
+            {"sampler": "round trip", "psnr": 30.0},
+            {"sampler": "o-belm", "steps": 8, "evaluations": 8, "loss_db": 0.0004},
+        ],
+        "refinement": [{"steps": 5, "psnr": 31.25, "milliseconds": 400.0}],
+        "keys": [{"key_e": "right", "key_i": "right", "psnr": 30.0, "independent": 1.0}],
+    }
+    text = curves.as_markdown(report)
+    assert "| anonymize | fast | 7 | 123 | 20.5 | 90.5 | 1.2% |" in text
+    assert "| hide | paper | 7 | 123 |  |  | 1.2% |" in text
+    assert "24 faces each" in text
+    assert "| o-belm, 8 steps | 8 | 0.000 |" in text
+    assert "| 5 | 31.25 dB | 400 |" in text
+    assert "| right | right | 30.00 dB | 100.0% |" in text
 
 
 def row(same: float, other: float, independent: bool) -> dict[str, Any]:
@@ -68,3 +118,12 @@ def test_it_draws(tmp_path: Path) -> None:
     ]
     curves.draw({"points": points, "recovery": recovery}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_refining_a_latent_brings_it_nearer(tiny_bundle: Bundle) -> None:
+    crops = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), dtype=np.uint8)
+    records = refinement(tiny_bundle, crops, steps=(0, 3, 12))
+    psnr = [record["psnr"] for record in records]
+    assert psnr == sorted(psnr)
+    assert psnr[0] < psnr[-1]
+    assert [record["steps"] for record in records] == [0, 3, 12]

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -50,7 +50,12 @@ from train_diffusion import (
     signal_levels,
 )
 
-from diffveil_export.models.low_rank import add_low_rank, low_rank_parameters, low_rank_state
+from diffveil_export.models.low_rank import (
+    add_low_rank,
+    load_low_rank,
+    low_rank_parameters,
+    low_rank_state,
+)
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 
 STRIDE = 40  # timesteps that the teacher leads down
@@ -164,7 +169,11 @@ def main() -> None:
         return network.eval().requires_grad_(False)
 
     teacher, student = load(), load().unet
-    add_low_rank(student, args.rank)
+    finished = args.work / "few.safetensors"
+    if finished.exists():  # gone on from, as other scripts do from `.pt` files
+        load_low_rank(student, load_file(finished))
+    else:
+        add_low_rank(student, args.rank)
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.998)
     critic = Critic().to(device, memory_format=torch.channels_last)
@@ -190,7 +199,7 @@ def main() -> None:
         state = {k: v.contiguous() for k, v in low_rank_state(average.network).items()}
         partial = args.work / "few.partial"
         save_file(state, partial)
-        partial.replace(args.work / "few.safetensors")
+        partial.replace(finished)
         with torch.no_grad():
             tokens, latent = teacher.conditioner.embed(probe), vae.encode(probe)
 
@@ -289,11 +298,8 @@ def main() -> None:
         backward(hinge, critic_optimizer, critic)
 
         run.step += 1
-        for name, value in (
-            ("consistency", error.square().mean().sqrt()),
-            ("hinge", hinge),
-            ("score", -deceive),
-        ):
+        reached = {"consistency": error.square().mean().sqrt(), "hinge": hinge, "score": -deceive}
+        for name, value in reached.items():
             figures[name] = figures.get(name, 0.0) + float(value.detach())
         if run.step % 50 == 0:
             run.log(**{k: v / 50 for k, v in figures.items()}, minutes=clock.spent / 60)

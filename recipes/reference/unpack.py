@@ -3,7 +3,7 @@
     python recipes/reference/unpack.py runtime/diffveil/bundles/reference-128 --work .work/reference
 
 For machines that have the repository but not the checkpoints: writes `autoencoder.pt`,
-`diffusion.pt` and `recognizer.pt` where they are missing. Optimizer state is not in a bundle, and
+`diffusion.pt`, `recognizer.pt` and `few.safetensors` where they are missing. Optimizer state is not in a bundle, and
 weights come back rounded to int8, which the first minutes of training repair.
 """
 
@@ -14,12 +14,14 @@ import sys
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import save_checkpoint
 
 from diffveil.bundle import Bundle
 from diffveil_export.models.embedded import load_embedded
+from diffveil_export.models.low_rank import low_rank_state
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 
@@ -70,6 +72,11 @@ def main() -> None:
         else:
             save_checkpoint(args.work / name, state)
             print(f"wrote {name}")
+    few = args.work / "few.safetensors"
+    if "few" in modules and not few.exists():
+        state = low_rank_state(modules["few"].get_submodule("unet"))
+        save_file({name: value.contiguous() for name, value in state.items()}, few)
+        print(f"wrote {few.name}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from types import MappingProxyType
 
 from diffveil.errors import OptionError
@@ -90,45 +91,49 @@ _BALANCED = Preset(
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
-# A handful of second-order steps, steered through the latent recognizer, which costs so little that
-# it is asked several times a step. Fresh noise alone already makes most of a stranger, so guidance
-# need only see to the rest, and may be gentle: that is what keeps faces natural. hide must arrive
-# at one identity exactly, and takes the full gradient.
+# Steered through the latent recognizer, which costs so little that it is asked several times a
+# step. Fresh noise alone already makes most of a stranger, so guidance need only see to the rest,
+# and may be gentle: that is what keeps faces natural. hide must arrive at one identity exactly, and
+# takes the full gradient. Bundles without a distilled denoiser take second-order steps instead.
+_FAST_ANONYMIZE = Plan(
+    sampler="dpm++2m",
+    steps=5,
+    strength=0.8,
+    conditional_above=400,
+    background_below=300,
+    guidance=Guidance(
+        weight=((-1, 0.06),),
+        normalise="rms",
+        scale_with_noise=True,
+        margin=-0.2,
+        mode="repel",
+        through="latent",
+        repeats=3,
+    ),
+    spacing="trailing",
+)
+_FAST_HIDE = Plan(
+    sampler="dpm++2m",
+    steps=5,
+    strength=0.8,
+    conditional_above=600,
+    background_below=300,
+    guidance=Guidance(
+        weight=((-1, 0.12),),
+        normalise="rms",
+        scale_with_noise=True,
+        margin=0.9,
+        mode="attract",
+        repeats=2,
+    ),
+    spacing="trailing",
+)
 _FAST = Preset(
     name="fast",
-    anonymize=Plan(
-        sampler="dpm++2m",
-        steps=5,
-        strength=0.8,
-        conditional_above=400,
-        background_below=300,
-        guidance=Guidance(
-            weight=((-1, 0.06),),
-            normalise="rms",
-            scale_with_noise=True,
-            margin=-0.2,
-            mode="repel",
-            through="latent",
-            repeats=3,
-        ),
-        spacing="trailing",
+    anonymize=replace(
+        _FAST_ANONYMIZE, sampler="lcm", steps=4, distilled=True, otherwise=_FAST_ANONYMIZE
     ),
-    hide=Plan(
-        sampler="dpm++2m",
-        steps=5,
-        strength=0.8,
-        conditional_above=600,
-        background_below=300,
-        guidance=Guidance(
-            weight=((-1, 0.12),),
-            normalise="rms",
-            scale_with_noise=True,
-            margin=0.9,
-            mode="attract",
-            repeats=2,
-        ),
-        spacing="trailing",
-    ),
+    hide=replace(_FAST_HIDE, sampler="lcm", distilled=True, otherwise=_FAST_HIDE),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
