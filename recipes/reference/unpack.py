@@ -3,8 +3,8 @@
     python recipes/reference/unpack.py runtime/diffveil/bundles/reference-128 --work .work/reference
 
 For machines that have the repository but not the checkpoints: writes `autoencoder.pt`,
-`diffusion.pt`, `recognizer.pt` and `few.safetensors` where they are missing. Optimizer state is not in a bundle, and
-weights come back rounded to int8, which the first minutes of training repair.
+`diffusion.pt`, `recognizer.pt` and `few.safetensors` where they are missing. Optimizer state is not
+in a bundle, and weights come back rounded to int8, which the first minutes of training repair.
 """
 
 from __future__ import annotations
