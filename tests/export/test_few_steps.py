@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
 from diffveil.errors import OptionError
 from diffveil_export.components import Components
+from diffveil_export.engines.builder import BuildOptions, build_engines
+from diffveil_export.engines.trt_api import load_builder
 from diffveil_export.exporter import FEW_STEPS_FILE, WEIGHTS_FILE, export_bundle
 from diffveil_export.models.embedded import load_embedded
 from diffveil_export.models.low_rank import (
@@ -199,3 +202,17 @@ def test_stable_diffusion_takes_an_adapter_for_it(folder: Path, tmp_path: Path) 
     save_file(text, tmp_path / "text.safetensors")
     with pytest.raises(OptionError, match="text_encoder"):
         load((tmp_path / "text.safetensors", 1.0))
+
+
+@pytest.mark.trt
+def test_an_engine_is_built_of_it(bundle: Bundle, tmp_path: Path) -> None:
+    """Its weights are sums of constants, which the builder must fold as runtimes do."""
+    pytest.importorskip(
+        "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'diffveil[tensorrt-rtx]'"
+    )
+    copied = Bundle.load(shutil.copytree(bundle.path, tmp_path / "bundle"))
+    options = BuildOptions(targets=("89",), programs=("denoise", "denoise_few"))
+    plain, few = build_engines(copied, load_builder("tensorrt-rtx"), options)
+    assert (plain.status, few.status) == ("built", "built")
+    # Factors that were kept and multiplied at every call would make it larger by them.
+    assert few.path.stat().st_size < 1.2 * plain.path.stat().st_size
