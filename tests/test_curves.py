@@ -64,6 +64,7 @@ def test_tables_say_what_was_measured() -> None:
     ]
     report = {
         "faces": 80,
+        "sweep_faces": 24,
         "bundle": "tiny",
         "backend": "cpu",
         "paper_in_pytorch": {

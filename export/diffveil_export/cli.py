@@ -213,10 +213,10 @@ def _print_plan(components: Components, args: argparse.Namespace) -> None:
         for plan in plans:
             print(json.dumps({**asdict(plan), "precision": args.precision, "stored": stored}))
         return
-    print(f"{'program':<10}{'parameters':>12}{'weights MB':>12}{'GFLOP':>10}{'seconds':>9}")
+    print(f"{'program':<13}{'parameters':>12}{'weights MB':>12}{'GFLOP':>10}{'seconds':>9}")
     for plan in plans:
         print(
-            f"{plan.program:<10}{plan.parameters:>12,}{plan.weight_bytes / 1e6:>12.1f}"
+            f"{plan.program:<13}{plan.parameters:>12,}{plan.weight_bytes / 1e6:>12.1f}"
             f"{plan.flops / 1e9:>10.2f}{plan.seconds:>9.0f}"
         )
     size = total_bytes(components, storage, args.precision)
@@ -245,13 +245,13 @@ def _report(result: ExportResult, *, as_json: bool) -> None:
             print(json.dumps(record))
         return
     print(
-        f"{'program':<10}{'output':<14}{'batch':>5}{'max rel':>12}{'PSNR dB':>10}"
+        f"{'program':<13}{'output':<14}{'batch':>5}{'max rel':>12}{'PSNR dB':>10}"
         f"{'cosine':>10}{'norm':>8}"
     )
     for row in result.parity:
         psnr = "exact" if row.psnr is None else f"{row.psnr:.1f}"
         print(
-            f"{row.program:<10}{row.output:<14}{row.batch:>5}{row.max_rel:>12.1e}{psnr:>10}"
+            f"{row.program:<13}{row.output:<14}{row.batch:>5}{row.max_rel:>12.1e}{psnr:>10}"
             f"{row.cosine:>10.6f}{row.norm_ratio:>8.4f}"
         )
     size = sum(entry.bytes for entry in result.bundle.manifest.all_files())
