@@ -135,7 +135,7 @@ _FAST = Preset(
         _FAST_ANONYMIZE,
         sampler="lcm",
         steps=4,
-        guidance=replace(_FAST_ANONYMIZE.guidance, weight=((-1, 0.09),), margin=-0.3),
+        guidance=replace(_FAST_ANONYMIZE.guidance, weight=((-1, 0.15),), margin=-0.45, repeats=4),
         distilled=True,
         otherwise=_FAST_ANONYMIZE,
     ),
