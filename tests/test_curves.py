@@ -88,6 +88,12 @@ def test_tables_say_what_was_measured() -> None:
     assert "| right | right | 30.00 dB | 100.0% |" in text
 
 
+def test_a_strangers_key_is_never_the_persons_own() -> None:
+    people = ["a", "a", "b", "c", "c", "c"]
+    other = curves.strangers(people)
+    assert all(people[j] != person for j, person in zip(other, people, strict=True))
+
+
 def row(same: float, other: float, independent: bool) -> dict[str, Any]:
     return {"same_photo": same, "other_photos": other, "independent": independent}
 
