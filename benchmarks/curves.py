@@ -317,7 +317,8 @@ def as_markdown(report: dict[str, Any]) -> str:
         "|---|---|---|",
     ]
     lines += [
-        f"| {r['sampler']}, {r['steps']} steps | {r['evaluations']} | {round(r['loss_db'], 3) + 0.0:.3f} |"
+        f"| {r['sampler']}, {r['steps']} steps | {r['evaluations']} "
+        f"| {round(r['loss_db'], 3) + 0.0:.3f} |"  # + 0.0: no "-0.000"
         for r in report["recovery"]
         if "loss_db" in r
     ]
