@@ -25,8 +25,9 @@ from diffveil.schedule import NoiseSchedule
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-_GUIDANCE = replace(preset("fast").anonymize.guidance, through="pixels", repeats=1)
-ANONYMIZE = replace(preset("fast").anonymize, guidance=_GUIDANCE)
+_PLAIN = preset("fast").anonymize.fitting(has_few=False)
+_GUIDANCE = replace(_PLAIN.guidance, through="pixels", repeats=1)
+ANONYMIZE = replace(_PLAIN, guidance=_GUIDANCE)
 HIDE = replace(
     preset("fast").hide, guidance=replace(preset("fast").hide.guidance, repeats=1), steps=4
 )
