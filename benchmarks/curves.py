@@ -31,7 +31,7 @@ from benchmarks._metrics import Verification, frechet_distance, psnr
 from benchmarks._oracle import paper_seconds
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
 from benchmarks._refine import refinement
-from benchmarks.quality import FAR, Pixels, insert, load_people
+from benchmarks.quality import FAR, Pixels, insert, load_people, named_files
 from diffveil.align import crop_face, similarity
 from diffveil.bundle import Bundle
 from diffveil.detectors import CenterFace
@@ -424,13 +424,10 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--document", type=Path, help="Markdown file whose tables to replace")
     args = parser.parse_args(argv)
 
-    named = {
-        name: Path(path)
-        for name, _, path in (v.partition("=") for v in [*args.recognizer, *args.independent])
-    }
+    named = named_files([*args.recognizer, *args.independent])
     if not named:
         parser.error("give at least one --recognizer or --independent")
-    independent = {v.partition("=")[0] for v in args.independent}
+    independent = set(named_files(args.independent))
     protector = diffveil.Protector.load(args.bundle)
     size, template = protector.bundle.image_size, np.asarray(protector.bundle.template)
     portraits, _ = load_people(args.people, args.max_people, args.photos, CenterFace.load())

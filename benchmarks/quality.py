@@ -326,7 +326,8 @@ def insert(document: Path, table: str, name: str = "quality") -> None:
     document.write_text(f"{before}{begin}\n{table}{end}{after}", encoding="utf-8")
 
 
-def _named(values: Iterable[str]) -> dict[str, Path]:
+def named_files(values: Iterable[str]) -> dict[str, Path]:
+    """Files by name, of arguments NAME=FILE."""
     return {name: Path(path) for name, _, path in (v.partition("=") for v in values)}
 
 
@@ -388,9 +389,9 @@ def main(argv: list[str] | None = None) -> int:
     report["fidelity"] = fidelity(protector, portraits, args.preset)
     protect_all(protector, portraits, args.preset, args.batch)
     report["perception"] = perception(portraits, detector)
-    named = _named(args.independent)
+    named = named_files(args.independent)
     report["recognition"] = recognition(
-        portraits, _named(args.recognizer) | named, set(named), protector
+        portraits, named_files(args.recognizer) | named, set(named), protector
     )
 
     args.out.mkdir(parents=True, exist_ok=True)

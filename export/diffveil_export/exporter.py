@@ -117,10 +117,10 @@ def export_bundle(
                 FoldWeights()(model)
             cost = program_cost(model)
             shrink_initializers(model, storage if precision == "float32" else "float32")
-            few = apart is not None and spec.name == "denoise_few"
-            (apart if few and apart is not None else store).absorb(model)
+            home = apart if apart is not None and spec.name == "denoise_few" else store
+            home.absorb(model)
             ir.save(model, folder / f"{spec.name}.onnx")
-            data = (WEIGHTS_FILE, FEW_STEPS_FILE) if few else (WEIGHTS_FILE,)
+            data = tuple(dict.fromkeys((WEIGHTS_FILE, home.path.name)))
             facts[spec.name] = ProgramFacts(data, precision=precision, loss_scale=scale, cost=cost)
         if apart is not None:
             apart.close()

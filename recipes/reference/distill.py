@@ -80,12 +80,7 @@ class Critic(nn.Module):
 
     def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Score maps of feature maps [B, c, h, w], which are brought to unit size first."""
-        sized = [f / f.square().mean((1, 2, 3), keepdim=True).sqrt() for f in map(_float, features)]
-        return [head(f) for head, f in zip(self.heads, sized, strict=True)]
-
-
-def _float(features: torch.Tensor) -> torch.Tensor:
-    return features.float()
+        return [head(unit(f.float())) for head, f in zip(self.heads, features, strict=True)]
 
 
 def features_of(
@@ -105,9 +100,9 @@ def features_of(
     return [*features, middle]
 
 
-def unit(gradient: torch.Tensor) -> torch.Tensor:
-    """Each face's gradient [B, C, s, s] scaled to unit root mean square."""
-    return gradient / gradient.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-8)
+def unit(maps: torch.Tensor) -> torch.Tensor:
+    """Each face's maps [B, C, s, s] scaled to unit root mean square."""
+    return maps / maps.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-8)
 
 
 class Levels:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from pathlib import Path
 
-from diffveil.cli.export import INSTALL, missing_packages
-from diffveil.errors import BackendUnavailableError
+from diffveil.cli.export import exporter
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
@@ -72,10 +70,4 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         BackendUnavailableError: packages of the export extra are missing.
     """
-    missing = missing_packages()
-    if missing:
-        raise BackendUnavailableError(
-            f"diffveil distill-guide needs {', '.join(missing)}, not installed here: {INSTALL}"
-        )
-    # By name at run time: the runtime must neither import the exporter nor need it.
-    return int(import_module("diffveil_export.distill_cli").run(args))
+    return int(exporter("distill-guide", "distill_cli").run(args))

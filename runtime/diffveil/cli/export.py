@@ -9,7 +9,7 @@ from typing import Any
 
 from diffveil.errors import BackendUnavailableError
 
-__all__ = ["NEEDED", "exporter", "missing_packages"]
+__all__ = ["NEEDED", "exporter", "missing_packages", "run"]
 
 NEEDED = ("torch", "diffusers", "transformers", "onnx", "onnxscript")
 INSTALL = "pip install 'diffveil[export,cpu]'"
@@ -20,10 +20,14 @@ def missing_packages() -> list[str]:
     return [name for name in NEEDED if find_spec(name) is None]
 
 
-def exporter() -> Any:
-    """The exporter's command line: `add_arguments(parser)` and `run(args) -> int`.
+def exporter(command: str = "export", module: str = "cli") -> Any:
+    """The exporter's side of a command: a module with `run(args) -> int`.
 
     Imported by name at run time: the runtime must neither import the exporter nor need it.
+
+    Args:
+        command: What the user typed after `diffveil`.
+        module: Name of the module in `diffveil_export`.
 
     Raises:
         BackendUnavailableError: packages of the export extra are missing.
@@ -31,9 +35,9 @@ def exporter() -> Any:
     missing = missing_packages()
     if missing:
         raise BackendUnavailableError(
-            f"diffveil export needs {', '.join(missing)}, not installed here: {INSTALL}"
+            f"diffveil {command} needs {', '.join(missing)}, not installed here: {INSTALL}"
         )
-    return import_module("diffveil_export.cli")
+    return import_module(f"diffveil_export.{module}")
 
 
 def run(args: argparse.Namespace) -> int:

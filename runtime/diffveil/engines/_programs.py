@@ -100,10 +100,7 @@ class Programs:
             timestep: Diffusion timestep of each, [B], int64, in 0…999.
             conditioning: [B, T, W], float32.
         """
-        outputs = self.engine("denoise").run(
-            latent=latent, timestep=timestep, conditioning=conditioning
-        )
-        return self._only("epsilon", outputs)
+        return self._denoise("denoise", latent, timestep, conditioning)
 
     def denoise_few(self, *, latent: Array, timestep: Array, conditioning: Array) -> _F32:
         """What `denoise` predicts, by the model distilled for few steps.
@@ -113,10 +110,7 @@ class Programs:
         Raises:
             BundleError: The bundle has no program `denoise_few`; see `can`.
         """
-        outputs = self.engine("denoise_few").run(
-            latent=latent, timestep=timestep, conditioning=conditioning
-        )
-        return self._only("epsilon", outputs)
+        return self._denoise("denoise_few", latent, timestep, conditioning)
 
     def recognize(self, *, image: Array) -> _F32:
         """Unit identity embeddings [B, E] of images [B, 3, S, S] in [-1, 1]."""
@@ -194,6 +188,12 @@ class Programs:
             BundleError: The bundle has no program `step`.
         """
         return loop_of(self.engine("step"), rows, STEP_CARRY)
+
+    def _denoise(self, program: str, latent: Array, timestep: Array, conditioning: Array) -> _F32:
+        outputs = self.engine(program).run(
+            latent=latent, timestep=timestep, conditioning=conditioning
+        )
+        return self._only("epsilon", outputs)
 
     def _guide(
         self, program: str, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array
