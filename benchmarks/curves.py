@@ -18,15 +18,17 @@ import json
 import platform
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 import diffveil
+from benchmarks._curves_report import Operation, as_markdown, draw, worst
 from benchmarks._metrics import Verification, frechet_distance, psnr
 from benchmarks._oracle import paper_seconds
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
@@ -40,7 +42,6 @@ from diffveil.plans import Inversion, Plan
 from diffveil.presets import PRESETS
 from diffveil.scenes import to_images, to_pixels
 
-Operation = Literal["anonymize", "hide"]
 _OPERATIONS: tuple[Operation, ...] = ("anonymize", "hide")
 _BATCH = 8
 _REPEATS = 3
@@ -54,17 +55,20 @@ class Choice:
     family: str
     operation: Operation
     plan: Plan
+    guide: str = ""
+    """Name of the bundle whose `guide` is asked; empty for the bundle that is measured."""
 
 
 _SAMPLERS = ("ddim", "dpm++2m", "lcm", "tcd")
 
 
-def choices(brief: bool, has_few: bool = True) -> Iterator[Choice]:
+def choices(brief: bool, has_few: bool = True, guides: Iterable[str] = ()) -> Iterator[Choice]:
     """Presets first, then one thing varied at a time about the default preset.
 
     Args:
         brief: Only the presets.
         has_few: Whether the bundle has `denoise_few`: no distilled sampler without.
+        guides: Names of further bundles whose `guide` to try.
     """
     for name, preset in PRESETS.items():
         for operation in _OPERATIONS:
@@ -100,6 +104,11 @@ def choices(brief: bool, has_few: bool = True) -> Iterator[Choice]:
         }
         for name, guidance in ways.items():
             yield Choice(name, "guidance", operation, replace(base, guidance=guidance))
+        for guide in guides:
+            for repeats in (1, 2):
+                plan = replace(base, guidance=replace(once, repeats=repeats))
+                name = guide if repeats == 1 else f"{guide} ×{repeats}"
+                yield Choice(name, "guidance", operation, plan, guide)
 
 
 class Bench:
@@ -111,6 +120,7 @@ class Bench:
         people: Person of each.
         recognizers: Files by name.
         independent: Names of those that had no part in the bundle's training.
+        guides: Bundles that differ in `guide`, by the name under which choices ask for them.
     """
 
     def __init__(
@@ -120,8 +130,10 @@ class Bench:
         people: list[str],
         recognizers: dict[str, Path],
         independent: set[str],
+        guides: Mapping[str, diffveil.Protector] = MappingProxyType({}),
     ) -> None:
         self.operations, self.crops = protector.operations, crops
+        self._of = {"": protector.operations, **{n: p.operations for n, p in guides.items()}}
         self.images = to_images(crops)
         template = np.asarray(protector.bundle.template)
         self._to_arcface = similarity(template, ARCFACE_TEMPLATE)
@@ -135,19 +147,18 @@ class Bench:
         framed = np.stack([crop_face(crop, self._to_arcface, 112) for crop in crops])
         return {name: embed(framed) for name, embed in self._embed.items()}
 
-    def _run(self, operation: Operation, plan: Plan, rows: slice) -> NDArray[np.float32]:
+    def _run(self, choice: Choice, rows: slice) -> NDArray[np.float32]:
         images = self.images[rows]
         keys = [NoiseKey.from_seed(i) for i in range(*rows.indices(len(self.images)))]
-        call = getattr(self.operations, operation)
-        result: NDArray[np.float32] = call(images, plan, keys=keys)[:, 0]
+        call = getattr(self._of[choice.guide], choice.operation)
+        result: NDArray[np.float32] = call(images, choice.plan, keys=keys)[:, 0]
         return result
 
     def protection(self, choice: Choice, faces: int) -> dict[str, Any]:
         """Match rates of the first `faces` faces under one choice."""
         faces = min(faces, len(self.images))
         parts = [
-            self._run(choice.operation, choice.plan, slice(i, min(i + _BATCH, faces)))
-            for i in range(0, faces, _BATCH)
+            self._run(choice, slice(i, min(i + _BATCH, faces))) for i in range(0, faces, _BATCH)
         ]
         record: dict[str, Any] = {}
         for name, probe in self._vectors(to_pixels(np.concatenate(parts))).items():
@@ -166,7 +177,7 @@ class Bench:
         times = []
         for turn in range(_REPEATS + 1):
             started = time.perf_counter()
-            self._run(choice.operation, choice.plan, slice(turn % len(self.images), None, 10**6))
+            self._run(choice, slice(turn % len(self.images), None, 10**6))
             times.append(time.perf_counter() - started)
         return 1000 * float(np.median(times[1:]))
 
@@ -266,142 +277,6 @@ def strangers(people: list[str]) -> NDArray[np.intp]:
     )
 
 
-def worst(record: dict[str, Any], operation: Operation) -> float:
-    """The rate that counts: for anonymize the highest, for hide the lowest independent one."""
-    rows = [r for r in record.values() if r["independent"]] or list(record.values())
-    if operation == "anonymize":
-        return max(max(r["same_photo"], r["other_photos"]) for r in rows)
-    return min(r["same_photo"] for r in rows)
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """Presets, recovery and the halves of the key, as tables."""
-    paper, ratios = (report["paper_in_pytorch"][k] for k in ("milliseconds", "ratios"))
-    lines = [
-        f"{report['faces']} faces of people that no training saw, bundle `{report['bundle']}`, "
-        f"backend `{report['backend']}`. The published anonymization of one face in plain PyTorch, "
-        f"in turns with ours in one process: {paper['one variant']:.0f} ms for one variant, "
-        f"{paper['as released']:.0f} ms as released (four variants and their key). TAR at FAR 1 % "
-        "of the worst independent recognizer.",
-        "",
-        "| operation | preset | UNet evaluations | ms a face | × PyTorch, one variant | × as "
-        "released | TAR |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for p in report["points"]:
-        if p["family"] != "presets":
-            continue
-        name = p["name"].removeprefix("preset ")
-        mine = ratios[name] if p["operation"] == "anonymize" else {}
-        cells = [f"{ratio:.1f}" for ratio in mine.values()] or ["", ""]
-        lines.append(
-            f"| {p['operation']} | {name} | {p['evaluations']} | {p['milliseconds']:.0f} "
-            f"| {cells[0]} | {cells[1]} | {p['worst']:.1%} |"
-        )
-    sweep = report["sweep_faces"]
-    lines += [
-        "",
-        f"One thing changed about `fast`, {sweep} faces each, as for hide above:",
-        "",
-        "| sampler, guidance or spacing | operation | ms a face | TAR |",
-        "|---|---|---|---|",
-    ]
-    lines += [
-        f"| {p['name']} | {p['operation']} | {p['milliseconds']:.0f} | {p['worst']:.1%} |"
-        for p in report["points"]
-        if p["family"] != "presets"
-    ]
-    lines += [
-        "",
-        "| recovery | UNet evaluations | dB lost to the VAE round trip |",
-        "|---|---|---|",
-    ]
-    lines += [
-        f"| {r['sampler']}, {r['steps']} steps | {r['evaluations']} "
-        f"| {round(r['loss_db'], 3) + 0.0:.3f} |"  # + 0.0: no "-0.000"
-        for r in report["recovery"]
-        if "loss_db" in r
-    ]
-    lines += ["", "| gradient steps on the latent before inversion | PSNR | ms a face |"]
-    lines += ["|---|---|---|"]
-    lines += [
-        f"| {r['steps']} | {r['psnr']:.2f} dB | {r['milliseconds']:.0f} |"
-        for r in report["refinement"]
-    ]
-    names = [n for n in report["keys"][0] if n not in ("key_e", "key_i", "psnr")]
-    head = " | ".join(f"TAR {n}" for n in names)
-    lines += ["", f"| key-E | key-I | PSNR | {head} |", "|---|---|---|" + "---|" * len(names)]
-    lines += [
-        f"| {k['key_e']} | {k['key_i']} | {k['psnr']:.2f} dB | "
-        + " | ".join(f"{k[n]:.1%}" for n in names)
-        + " |"
-        for k in report["keys"]
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Three panels: anonymize, hide, recover."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(18, 5.5), constrained_layout=True)
-    titles = {
-        "anonymize": "anonymize: TAR at FAR 1 % (lower protects more)",
-        "hide": "hide: TAR at FAR 1 % (higher is still recognised)",
-    }
-    for axis, (operation, title) in zip(axes, titles.items(), strict=False):
-        families: dict[str, list[dict[str, Any]]] = {}
-        for point in report["points"]:
-            if point["operation"] == operation:
-                families.setdefault(point["family"], []).append(point)
-        for family, points in families.items():
-            ordered = sorted(points, key=lambda p: p["milliseconds"])
-            x = [p["milliseconds"] for p in ordered]
-            y = [100 * p["worst"] for p in ordered]
-            alone = family in ("presets", "guidance", "spacing")
-            axis.plot(
-                x,
-                y,
-                marker="*" if family == "presets" else "o",
-                markersize=13 if family == "presets" else 5,
-                linestyle="none" if alone else "-",
-                label=family,
-            )
-            if alone:
-                for a, b, p in zip(x, y, ordered, strict=True):
-                    axis.annotate(
-                        p["name"].removeprefix("preset "),
-                        (a, b),
-                        fontsize=7,
-                        rotation=35,
-                        xytext=(3, 3),
-                        textcoords="offset points",
-                    )
-        axis.set(title=title, xlabel="milliseconds a face", ylabel="%", xscale="log")
-        axis.set_xticks([100, 200, 500, 1000, 2000, 5000], minor=False)
-        axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.xaxis.set_minor_formatter("")
-        axis.legend(fontsize=8)
-    for sampler in ("o-belm", "bdia", "ddim"):
-        points = [r for r in report["recovery"] if r["sampler"] == sampler]
-        axes[2].plot(
-            [p["evaluations"] for p in points],
-            [max(p["loss_db"], 1e-4) for p in points],
-            marker="o",
-            label=sampler,
-        )
-    axes[2].set(
-        title="recover: dB lost to the VAE round trip", xlabel="UNet evaluations", yscale="log"
-    )
-    axes[2].axhline(0.1, color="grey", linestyle=":")
-    axes[2].legend()
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -410,6 +285,14 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--bundle", type=Path)
+    parser.add_argument(
+        "--guide",
+        action="append",
+        default=[],
+        metavar="NAME=BUNDLE",
+        help="also try the guide of this bundle, otherwise the same: one exported with "
+        "--guide-decoder",
+    )
     parser.add_argument("--max-people", type=int, default=40)
     parser.add_argument("--photos", type=int, default=2, help="at most so many of each person")
     parser.add_argument(
@@ -434,7 +317,9 @@ def main(argv: list[str] | None = None) -> int:
     if len({p.person for p in portraits}) < 2:
         parser.error(f"{args.people}: expected person/photo.jpg of at least two people")
     crops = np.stack([p.crop("original", template, size) for p in portraits])
-    bench = Bench(protector, crops, [p.person for p in portraits], named, independent)
+    guides = {n: diffveil.Protector.load(path) for n, path in named_files(args.guide).items()}
+    people = [p.person for p in portraits]
+    bench = Bench(protector, crops, people, named, independent, guides)
 
     schedule = protector.operations.schedule
     report: dict[str, Any] = {
@@ -449,7 +334,7 @@ def main(argv: list[str] | None = None) -> int:
         "points": [],
     }
     has_few = protector.programs.can("denoise_few")
-    for choice in choices(args.presets_only, has_few):
+    for choice in choices(args.presets_only, has_few, guides):
         # One face in a hundred matters for anonymize, and the published hide takes minutes.
         thorough = choice.family == "presets" and choice.operation == "anonymize"
         faces = len(crops) if thorough else args.sweep_faces

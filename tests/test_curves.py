@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 from benchmarks import curves
+from benchmarks._curves_report import as_markdown, draw, worst
 from benchmarks._refine import refinement
-from benchmarks.curves import choices, worst
+from benchmarks.curves import choices
 
 from diffveil.bundle import Bundle
 from diffveil.presets import PRESETS
@@ -17,7 +18,7 @@ from diffveil.schedule import NoiseSchedule
 
 
 def test_every_choice_is_a_plan_of_its_own() -> None:
-    all_choices = list(choices(brief=False))
+    all_choices = list(choices(brief=False, guides=["narrow"]))
     names = [(c.operation, c.family, c.name) for c in all_choices]
     assert len(names) == len(set(names))
     for choice in all_choices:
@@ -33,6 +34,12 @@ def test_every_choice_is_a_plan_of_its_own() -> None:
         if c.family in ("ddim", "dpm++2m", "lcm", "tcd")
     }
     assert all(count == int(name.split()[-1]) for name, count in counts.items())
+
+
+def test_another_bundles_guide_is_asked_in_full() -> None:
+    asked = [c for c in choices(brief=False, guides=["narrow"]) if c.guide == "narrow"]
+    assert [c.name for c in asked] == ["narrow", "narrow ×2"] * 2
+    assert all(c.plan.guidance.through == "pixels" for c in asked)
 
 
 def test_brief_means_the_presets() -> None:
@@ -79,7 +86,7 @@ def test_tables_say_what_was_measured() -> None:
         "refinement": [{"steps": 5, "psnr": 31.25, "milliseconds": 400.0}],
         "keys": [{"key_e": "right", "key_i": "right", "psnr": 30.0, "independent": 1.0}],
     }
-    text = curves.as_markdown(report)
+    text = as_markdown(report)
     assert "| anonymize | fast | 7 | 123 | 20.5 | 90.5 | 1.2% |" in text
     assert "| hide | paper | 7 | 123 |  |  | 1.2% |" in text
     assert "24 faces each" in text
@@ -123,7 +130,7 @@ def test_it_draws(tmp_path: Path) -> None:
         for s in ("o-belm", "bdia", "ddim")
         for n in (2, 8)
     ]
-    curves.draw({"points": points, "recovery": recovery}, tmp_path / "curves.png")
+    draw({"points": points, "recovery": recovery}, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

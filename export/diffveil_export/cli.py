@@ -101,7 +101,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--guide-decoder",
         type=Path,
         metavar="DIR",
-        help="diffusers AutoencoderTiny (TAESD) that guide goes through instead of the full "
+        help="diffusers AutoencoderTiny (TAESD; for a reference-family folder what its recipe "
+        "trains) that guide goes through instead of the full "
         "decoder: a much cheaper gradient; measure what it does to protection",
     )
     sd.add_argument(
@@ -169,13 +170,12 @@ def _load(args: argparse.Namespace) -> Components:
             "few_lora",
             "tokenizer",
             "revision",
-            "guide_decoder",
             "parser",
         )
         unused = [f"--{option.replace('_', '-')}" for option in given if getattr(args, option)]
         if unused:
             raise OptionError(f"{', '.join(unused)}: a reference-family folder brings its own")
-        return load_reference(Path(args.source))
+        return load_reference(Path(args.source), args.guide_decoder)
     path = Path(args.source)
     if not (is_stable_diffusion_folder(path) or is_single_file(path) or is_hub_id(args.source)):
         raise OptionError(

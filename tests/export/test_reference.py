@@ -9,9 +9,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from diffveil.bundle import Bundle
+from diffveil.cli.main import main
 from diffveil.errors import OptionError
+from diffveil_export.models.embedded import load_embedded
 from diffveil_export.models.reference import is_reference_folder, load_reference
-from tiny_models import tiny_components, tiny_networks
+from diffveil_export.reference.autoencoder import FaceDecoder
+from tiny_models import randomize, tiny_components, tiny_networks
 
 
 @pytest.fixture
@@ -79,3 +83,36 @@ def test_wrong_configuration_and_facts_are_refused(folder: Path) -> None:
     (folder / "autoencoder" / "config.json").write_text('{"depth": 3}')
     with pytest.raises(OptionError, match="depth"):
         load_reference(folder)
+
+
+def _guide_decoder(folder: Path, channels: int = 8) -> FaceDecoder:
+    decoder = FaceDecoder(channels, (16, 16, 16), (1, 0, 0))
+    randomize(decoder, torch.Generator().manual_seed(2))
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(decoder.config))
+    save_file(decoder.state_dict(), folder / "model.safetensors")
+    return decoder.eval()
+
+
+@torch.no_grad()
+def test_a_guide_decoder_travels_into_the_bundle(folder: Path, tmp_path: Path) -> None:
+    narrow = _guide_decoder(tmp_path / "narrow")
+    options = ["--guide-decoder", str(tmp_path / "narrow"), "-o", str(tmp_path / "bundle")]
+    assert main(["export", str(folder), *options]) == 0
+    bundle = Bundle.load(tmp_path / "bundle")
+    assert bundle.manifest.provenance["guide_decoder"] == "narrow"
+    rebuilt = load_embedded(bundle).guide_parts[0]
+    latent = torch.randn(2, 8, 4, 4, generator=torch.Generator().manual_seed(3))
+    assert rebuilt.decode(latent).shape == (2, 3, 32, 32)
+    # Rounded as it is stored, so near and not equal; the real decoder is nowhere near.
+    error = (rebuilt.decode(latent) - narrow.decode(latent)).norm() / narrow.decode(latent).norm()
+    assert error < 0.1
+
+
+def test_guide_decoders_that_do_not_fit_are_refused(folder: Path, tmp_path: Path) -> None:
+    _guide_decoder(tmp_path / "narrow", channels=4)
+    with pytest.raises(OptionError, match="decodes 4 latent channels, the model has 8"):
+        load_reference(folder, tmp_path / "narrow")
+    (tmp_path / "narrow" / "model.safetensors").unlink()
+    with pytest.raises(OptionError, match=r"lacks model\.safetensors"):
+        load_reference(folder, tmp_path / "narrow")

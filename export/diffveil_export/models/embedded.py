@@ -79,7 +79,7 @@ def load_embedded(bundle: Bundle) -> Components:
     from diffusers import UNet2DConditionModel
 
     from diffveil_export.models.reference import apply_few, assemble
-    from diffveil_export.reference.autoencoder import FaceAutoencoder
+    from diffveil_export.reference.autoencoder import FaceAutoencoder, FaceDecoder
     from diffveil_export.reference.conditioner import Conditioner
     from diffveil_export.reference.recognizer import FaceRecognizer
 
@@ -97,6 +97,9 @@ def load_embedded(bundle: Bundle) -> Components:
         "conditioner": build(Conditioner, "conditioner"),
         "recognizer": build(FaceRecognizer, "recognizer").fuse(),
     }
+    narrow = "guide_decoder"
+    if narrow in configurations:
+        parts[narrow] = build(FaceDecoder, narrow)
     for part, module in parts.items():
         prefix = f"{part}."
         own = {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
@@ -128,6 +131,8 @@ def _state(components: Components) -> Iterator[tuple[str, torch.Tensor]]:
         "conditioner": modules["embedder"].get_submodule("conditioner"),
         "recognizer": modules["recognizer"],
     }
+    if "guide_decoder" in components.source:
+        parts["guide_decoder"] = modules["guide_decoder"]
     for part, module in parts.items():
         for name, tensor in module.state_dict().items():
             yield f"{part}.{name}", tensor

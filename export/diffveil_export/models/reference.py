@@ -4,6 +4,8 @@
 `model.safetensors`. `few.safetensors`, low-rank changes to the UNet, makes it a few-step model for
 `denoise_few`. A `model.json` beside them may state name, licence, thresholds and provenance;
 a `MODEL_CARD.md` goes into the bundle as it is.
+
+A decoder for `guide` to go through comes in a folder of its own, of the same two files.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from diffveil.errors import OptionError
 from diffveil_export.components import Components, arcface_template, measure_dimensions
 from diffveil_export.models._unet import DiffusersUNet
 from diffveil_export.models.low_rank import load_low_rank
-from diffveil_export.reference.autoencoder import FaceAutoencoder
+from diffveil_export.reference.autoencoder import FaceAutoencoder, FaceDecoder
 from diffveil_export.reference.conditioner import Conditioner
 from diffveil_export.reference.recognizer import FaceRecognizer
 
@@ -65,6 +67,7 @@ def assemble(
     thresholds: Mapping[str, float] | None = None,
     provenance: Mapping[str, str] | None = None,
     few: nn.Module | None = None,
+    guide_decoder: FaceDecoder | None = None,
     card: str = "",
 ) -> Components:
     """Join trained networks of the reference family; the recognizer is fused in a copy.
@@ -79,6 +82,7 @@ def assemble(
         thresholds: Cosine thresholds by false accept rate.
         provenance: Where the weights come from, by topic.
         few: What `apply_few` made of `unet`, or None.
+        guide_decoder: What `guide` goes through instead of the autoencoder's decoder, or None.
         card: Text of the model card.
     """
     # A loader that runs twice on the same recognizer must not fuse it twice.
@@ -104,12 +108,14 @@ def assemble(
         provenance=dict(provenance or {}),
         card=card,
         few=None if few is None else DiffusersUNet(few.eval()),
+        guide_decoder=guide_decoder,
         source={
             "autoencoder": autoencoder.config,
             "unet": _constructor_arguments(unet),
             "conditioner": conditioner.config,
             "recognizer": recognizer.config,
             **({} if few is None else {"few": {}}),
+            **({} if guide_decoder is None else {"guide_decoder": guide_decoder.config}),
         },
     )
 
@@ -140,11 +146,12 @@ def is_reference_folder(folder: Path) -> bool:
     return all((folder / part / "config.json").is_file() for part in ("autoencoder", "conditioner"))
 
 
-def load_reference(folder: Path) -> Components:
+def load_reference(folder: Path, guide_decoder: Path | None = None) -> Components:
     """Load a folder of the reference family.
 
     Args:
         folder: Laid out as this module's docstring says.
+        guide_decoder: Folder of a `FaceDecoder` that `guide` shall go through.
 
     Raises:
         OptionError: Parts, files, tensors or fields are missing or unexpected; all are named.
@@ -165,16 +172,23 @@ def load_reference(folder: Path) -> Components:
         folder / "unet", use_safetensors=True, local_files_only=True, low_cpu_mem_usage=False
     )
     few = folder / "few.safetensors"
+    autoencoder = _load(FaceAutoencoder, folder / "autoencoder")
+    provenance = {k: str(v) for k, v in facts.get("provenance", {}).items()}
+    narrow = None
+    if guide_decoder is not None:
+        narrow = _load_guide_decoder(guide_decoder, autoencoder)
+        provenance["guide_decoder"] = guide_decoder.name
     return assemble(
         name=str(facts.get("name", folder.name)),
-        autoencoder=_load(FaceAutoencoder, folder / "autoencoder"),
+        autoencoder=autoencoder,
         unet=unet,
         few=apply_few(unet, load_file(few)) if few.is_file() else None,
         conditioner=_load(Conditioner, folder / "conditioner"),
         recognizer=_load(FaceRecognizer, folder / "recognizer"),
         licence=str(facts.get("licence", "not stated")),
         thresholds={k: float(v) for k, v in facts.get("thresholds", {}).items()},
-        provenance={k: str(v) for k, v in facts.get("provenance", {}).items()},
+        provenance=provenance,
+        guide_decoder=narrow,
         card=card.read_text(encoding="utf-8") if card.is_file() else "",
     )
 
@@ -187,6 +201,20 @@ def _facts(file: Path) -> dict[str, Any]:
     if not isinstance(facts, dict) or not set(facts) <= known:
         raise OptionError(f"'{file}': expected an object with fields of {sorted(known)}")
     return facts
+
+
+def _load_guide_decoder(folder: Path, autoencoder: FaceAutoencoder) -> FaceDecoder:
+    missing = [f for f in ("config.json", "model.safetensors") if not (folder / f).is_file()]
+    if missing:
+        raise OptionError(f"--guide-decoder: '{folder}' lacks {', '.join(missing)}")
+    decoder = _load(FaceDecoder, folder)
+    channels = decoder.config["latent_channels"], autoencoder.config["latent_channels"]
+    if channels[0] != channels[1]:
+        raise OptionError(
+            f"--guide-decoder: '{folder}' decodes {channels[0]} latent channels, the model has "
+            f"{channels[1]}"
+        )
+    return decoder
 
 
 def _load(kind: type[_M], folder: Path) -> _M:

@@ -1,4 +1,7 @@
-"""The autoencoder of the reference bundle: 128×128 faces to 8×16×16 latents and back."""
+"""The autoencoder of the reference bundle: 128×128 faces to 8×16×16 latents and back.
+
+Beside it `FaceDecoder`, a narrow stand-in for its decoder that `guide` may go through.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,26 @@ from torch import nn
 
 from diffveil_export.reference.layers import ResidualBlock, Upsample
 
-__all__ = ["FaceAutoencoder"]
+__all__ = ["FaceAutoencoder", "FaceDecoder"]
+
+
+def _decoder(
+    latent_channels: int, widths: tuple[int, int, int], blocks: tuple[int, int, int]
+) -> nn.Sequential:
+    """Latents [B, C, s, s] to images [B, 3, 8s, 8s]; no layer works at full resolution."""
+    fine, middle, coarse = widths
+    return nn.Sequential(
+        nn.Conv2d(latent_channels, coarse, 3, padding=1),
+        *(ResidualBlock(coarse) for _ in range(blocks[0])),
+        Upsample(coarse, middle),
+        *(ResidualBlock(middle) for _ in range(blocks[1])),
+        Upsample(middle, fine),
+        *(ResidualBlock(fine) for _ in range(blocks[2])),
+        nn.GroupNorm(fine // 16, fine),
+        nn.SiLU(),
+        nn.Conv2d(fine, 12, 3, padding=1),
+        nn.PixelShuffle(2),
+    )
 
 
 class FaceAutoencoder(nn.Module):
@@ -31,7 +53,7 @@ class FaceAutoencoder(nn.Module):
         decoder_blocks: tuple[int, int, int] = (4, 3, 1),
     ) -> None:
         super().__init__()
-        fine, middle, coarse = widths
+        _, middle, coarse = widths
         self.config = {
             "latent_channels": latent_channels,
             "widths": list(widths),
@@ -48,18 +70,7 @@ class FaceAutoencoder(nn.Module):
             nn.SiLU(),
             nn.Conv2d(coarse, 2 * latent_channels, 3, padding=1),
         )
-        self.decoder = nn.Sequential(
-            nn.Conv2d(latent_channels, coarse, 3, padding=1),
-            *(ResidualBlock(coarse) for _ in range(decoder_blocks[0])),
-            Upsample(coarse, middle),
-            *(ResidualBlock(middle) for _ in range(decoder_blocks[1])),
-            Upsample(middle, fine),
-            *(ResidualBlock(fine) for _ in range(decoder_blocks[2])),
-            nn.GroupNorm(fine // 16, fine),
-            nn.SiLU(),
-            nn.Conv2d(fine, 12, 3, padding=1),
-            nn.PixelShuffle(2),
-        )
+        self.decoder = _decoder(latent_channels, widths, decoder_blocks)
         # Standard deviation of each latent channel over the training set (set by the recipe):
         # programs exchange latents of unit variance, as the noise schedule assumes.
         self.latent_std: torch.Tensor
@@ -79,4 +90,35 @@ class FaceAutoencoder(nn.Module):
     def decode(self, latent: torch.Tensor) -> torch.Tensor:
         """Images [B, 3, H, W], about [-1, 1], of scaled latents [B, C, H/8, W/8]."""
         image: torch.Tensor = self.decoder(latent * self.latent_std + self.latent_mean)
+        return image
+
+
+class FaceDecoder(nn.Module):
+    """A decoder of `FaceAutoencoder`'s kind that takes scaled latents as they are.
+
+    Narrow, it stands in for the real one where only the recognizer looks: in `guide`.
+
+    Args:
+        latent_channels: Channels of the latent.
+        widths: Channels at 64², 32² and 16² pixels for a 128² image; multiples of 16.
+        blocks: Residual blocks at 16², 32² and 64².
+    """
+
+    def __init__(
+        self,
+        latent_channels: int = 8,
+        widths: tuple[int, int, int] = (16, 32, 64),
+        blocks: tuple[int, int, int] = (2, 1, 1),
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "latent_channels": latent_channels,
+            "widths": list(widths),
+            "blocks": list(blocks),
+        }
+        self.decoder = _decoder(latent_channels, widths, blocks)
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Images [B, 3, H, W], about [-1, 1], of scaled latents [B, C, H/8, W/8]."""
+        image: torch.Tensor = self.decoder(latent)
         return image
