@@ -3,8 +3,10 @@
     python recipes/reference/unpack.py runtime/diffveil/bundles/reference-128 --work .work/reference
 
 For machines that have the repository but not the checkpoints: writes `autoencoder.pt`,
-`diffusion.pt`, `recognizer.pt` and `few.safetensors` where they are missing. Optimizer state is not
-in a bundle, and weights come back rounded to int8, which the first minutes of training repair.
+`diffusion.pt`, `recognizer.pt`, `few.safetensors` and `guide-decoder` where they are missing.
+Optimizer state is not in a bundle, and weights come back rounded to int8, which the first minutes
+of training repair. Of the few-step change a bundle has the share that shipped: assemble it as it is
+with `--few-scale 1`.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
+from assemble import write_part
 from common import save_checkpoint
 
 from diffveil.bundle import Bundle
@@ -77,6 +80,10 @@ def main() -> None:
         state = low_rank_state(modules["few"].get_submodule("unet"))
         save_file({name: value.contiguous() for name, value in state.items()}, few)
         print(f"wrote {few.name}")
+    narrow = args.work / "guide-decoder"
+    if "guide_decoder" in modules and not narrow.exists():
+        write_part(narrow, modules["guide_decoder"])
+        print(f"wrote {narrow.name}")
 
 
 if __name__ == "__main__":

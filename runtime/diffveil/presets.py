@@ -51,72 +51,34 @@ _PAPER = Preset(
     recovery=Inversion(sampler="ddim", steps=100),
 )
 
-# Fewer steps, so each must steer further: gradients of unit size, scaled with the noise that is
-# left to absorb them, until the face is clearly somebody else (or, to hide, still the person).
-# Starting from the photo's own noise keeps light, pose and texture; fresh noise takes the rest.
-_BALANCED = Preset(
-    name="balanced",
-    anonymize=Plan(
-        sampler="ddim",
-        steps=12,
-        strength=0.65,
-        conditional_above=400,
-        background_below=300,
-        guidance=Guidance(
-            weight=((-1, 0.12),),
-            normalise="rms",
-            scale_with_noise=True,
-            margin=-0.4,
-            mode="repel",
-        ),
-        spacing="trailing",
-        fresh_noise=0.7,
-    ),
-    hide=Plan(
-        sampler="ddim",
-        steps=20,
-        strength=0.8,
-        conditional_above=600,
-        background_below=0,
-        guidance=Guidance(
-            weight=((-1, 0.1),),
-            normalise="rms",
-            scale_with_noise=True,
-            margin=0.8,
-            mode="attract",
-        ),
-        spacing="trailing",
-        fresh_noise=0.8,
-    ),
-    recovery=Inversion(sampler="o-belm", steps=8),
+# Few steps: each goes straight to what the model takes the face for, under guidance, and returns to
+# the next noise level with fresh noise (LCM's step). That forgives what a step got wrong, where
+# steps that carry their noise along pile it up: faces come out whole, and more steps make them
+# sharper. Fresh noise alone already makes most of a stranger, so repelling may be gentle: one
+# gradient of unit size a step, scaled with the noise that is left to absorb it, through the latent
+# recognizer. hide must arrive at one identity exactly: it takes the full gradient, twice a step, and
+# the ordinary model, because the distilled one keeps less of the identity.
+_REPEL = Guidance(
+    weight=((-1, 0.06),),
+    normalise="rms",
+    scale_with_noise=True,
+    margin=-0.2,
+    mode="repel",
+    through="latent",
 )
-
-# Steered through the latent recognizer, which costs so little that it is asked several times a
-# step. Fresh noise alone already makes most of a stranger, so guidance need only see to the rest,
-# and may be gentle: that is what keeps faces natural. hide must arrive at one identity exactly: it
-# takes the full gradient and second-order steps of the ordinary model, because the distilled one
-# keeps less of the identity. So does anonymize take them on bundles without a distilled denoiser.
-_FAST_ANONYMIZE = Plan(
-    sampler="dpm++2m",
-    steps=5,
-    strength=0.8,
+_ANONYMIZE = Plan(
+    sampler="lcm",
+    steps=11,
+    strength=0.7,
     conditional_above=400,
     background_below=300,
-    guidance=Guidance(
-        weight=((-1, 0.06),),
-        normalise="rms",
-        scale_with_noise=True,
-        margin=-0.2,
-        mode="repel",
-        through="latent",
-        repeats=3,
-    ),
+    guidance=_REPEL,
     spacing="trailing",
 )
-_FAST_HIDE = Plan(
-    sampler="dpm++2m",
-    steps=5,
-    strength=0.8,
+_HIDE = Plan(
+    sampler="lcm",
+    steps=14,
+    strength=0.9,
     conditional_above=600,
     background_below=300,
     guidance=Guidance(
@@ -129,17 +91,18 @@ _FAST_HIDE = Plan(
     ),
     spacing="trailing",
 )
+_BALANCED = Preset(
+    name="balanced",
+    anonymize=replace(_ANONYMIZE, distilled=True, otherwise=_ANONYMIZE),
+    hide=_HIDE,
+    recovery=Inversion(sampler="o-belm", steps=8),
+)
+
+_QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.08),)))
 _FAST = Preset(
     name="fast",
-    anonymize=replace(
-        _FAST_ANONYMIZE,
-        sampler="lcm",
-        steps=4,
-        guidance=replace(_FAST_ANONYMIZE.guidance, weight=((-1, 0.15),), margin=-0.45, repeats=4),
-        distilled=True,
-        otherwise=_FAST_ANONYMIZE,
-    ),
-    hide=_FAST_HIDE,
+    anonymize=replace(_QUICKER, distilled=True, otherwise=_QUICKER),
+    hide=replace(_HIDE, steps=8, strength=0.8),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 

@@ -27,7 +27,7 @@ from fake_programs import FakeBackend, fake_programs
 F32 = NDArray[np.float32]
 _PLAIN = preset("fast").anonymize.fitting(has_few=False)
 _GUIDANCE = replace(_PLAIN.guidance, through="pixels", repeats=1)
-ANONYMIZE = replace(_PLAIN, guidance=_GUIDANCE)
+ANONYMIZE = replace(_PLAIN, guidance=_GUIDANCE, steps=5)
 HIDE = replace(
     preset("fast").hide, guidance=replace(preset("fast").hide.guidance, repeats=1), steps=4
 )

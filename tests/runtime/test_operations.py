@@ -18,7 +18,14 @@ from diffveil.presets import preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-ANONYMIZE = replace(preset("balanced").anonymize, steps=5, strength=0.6)
+_PLAIN = preset("balanced").anonymize.fitting(has_few=False)
+ANONYMIZE = replace(
+    _PLAIN,
+    sampler="ddim",
+    steps=5,
+    strength=0.6,
+    guidance=replace(_PLAIN.guidance, through="pixels"),
+)
 HIDE = replace(preset("balanced").hide, steps=5, strength=0.8)
 
 
