@@ -59,7 +59,14 @@ class Choice:
     """Name of the bundle whose `guide` is asked; empty for the bundle that is measured."""
 
 
-_SAMPLERS = ("ddim", "dpm++2m", "lcm", "tcd")
+# Family, sampler, whether it runs the distilled model.
+_SAMPLERS = (
+    ("ddim", "ddim", False),
+    ("dpm++2m", "dpm++2m", False),
+    ("lcm", "lcm", False),
+    ("lcm distilled", "lcm", True),
+    ("tcd distilled", "tcd", True),
+)
 
 
 def choices(brief: bool, has_few: bool = True, guides: Iterable[str] = ()) -> Iterator[Choice]:
@@ -78,16 +85,14 @@ def choices(brief: bool, has_few: bool = True, guides: Iterable[str] = ()) -> It
     for operation in _OPERATIONS:
         fast: Plan = getattr(PRESETS["fast"], operation)
         base = fast.fitting(has_few)
-        for sampler in _SAMPLERS:
-            distilled = sampler in ("lcm", "tcd")
+        for family, sampler, distilled in _SAMPLERS:
             if distilled and not has_few:
                 continue
-            # The same starting noise and guidance for all: only sampler and model differ.
-            start = replace(base, distilled=distilled, otherwise=None)
-            for evaluations in (2, 3, 4, 8):
-                steps = round(evaluations / start.strength)
-                plan = replace(start, sampler=sampler, steps=steps)
-                yield Choice(f"{sampler} {evaluations}", sampler, operation, plan)
+            # The same guidance for all: only sampler and model differ.
+            start = replace(base, sampler=sampler, distilled=distilled, otherwise=None)
+            for evaluations in (2, 4, 8, 12):
+                plan = replace(start, steps=round(evaluations / start.strength))
+                yield Choice(f"{family} {evaluations}", family, operation, plan)
         for spacing in ("karras", "ays"):
             yield Choice(spacing, "spacing", operation, replace(base, spacing=spacing))
         guided = base.guidance

@@ -56,8 +56,8 @@ _PAPER = Preset(
 # steps that carry their noise along pile it up: faces come out whole, and more steps make them
 # sharper. Fresh noise alone already makes most of a stranger, so repelling may be gentle: one
 # gradient of unit size a step, scaled with the noise that is left to absorb it, through the latent
-# recognizer. hide must arrive at one identity exactly: it takes the full gradient, twice a step, and
-# the ordinary model, because the distilled one keeps less of the identity.
+# recognizer. hide must arrive at one identity exactly: it takes the full gradient, twice a step,
+# and the ordinary model, because the distilled one keeps less of the identity.
 _REPEL = Guidance(
     weight=((-1, 0.06),),
     normalise="rms",
