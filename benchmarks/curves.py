@@ -304,8 +304,8 @@ def main(argv: list[str] | None = None) -> int:
         "--sweep-faces",
         type=int,
         default=40,
-        help="faces that recovery is judged on, and every choice but the presets of anonymize "
-        "(default: %(default)s)",
+        help="faces that recovery is judged on, and every choice but presets and guidance of "
+        "anonymize (default: %(default)s)",
     )
     parser.add_argument("--presets-only", action="store_true")
     parser.add_argument("--out", type=Path, default=Path("curves"))
@@ -341,7 +341,7 @@ def main(argv: list[str] | None = None) -> int:
     has_few = protector.programs.can("denoise_few")
     for choice in choices(args.presets_only, has_few, guides):
         # One face in a hundred matters for anonymize, and the published hide takes minutes.
-        thorough = choice.family == "presets" and choice.operation == "anonymize"
+        thorough = choice.family in ("presets", "guidance") and choice.operation == "anonymize"
         faces = len(crops) if thorough else args.sweep_faces
         record = bench.protection(choice, faces)
         ms = bench.milliseconds(choice)

@@ -89,7 +89,8 @@ def test_tables_say_what_was_measured() -> None:
     text = as_markdown(report)
     assert "| anonymize | fast | 7 | 123 | 20.5 | 90.5 | 1.2% |" in text
     assert "| hide | paper | 7 | 123 |  |  | 1.2% |" in text
-    assert "24 faces each" in text
+    assert "hide above: 24 faces" in text
+    assert "| none | anonymize | 24 | 123 | 1.2% |" in text
     assert "| o-belm, 8 steps | 8 | 0.000 |" in text
     assert "| 5 | 31.25 dB | 400 |" in text
     assert "| right | right | 30.00 dB | 100.0% |" in text
