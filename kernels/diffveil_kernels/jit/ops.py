@@ -1,0 +1,100 @@
+"""The operations on PyTorch tensors, by Triton's own compiler and launcher.
+
+For tests and measurements: on a GPU, or interpreted on CPU tensors where Triton was told to
+(``TRITON_INTERPRET=1`` before this package's `jit` modules are imported). The runtime uses
+`diffveil_kernels.launch` instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib import import_module
+
+import torch
+
+from diffveil_kernels.calls import Call, StepBuffers, keyed_normal_calls, linear_step_calls
+from diffveil_kernels.errors import KernelInputError
+from diffveil_kernels.specs import PARTS, SPECS
+
+__all__ = ["keyed_normal", "linear_step", "run"]
+
+
+def run(calls: Sequence[Call]) -> None:
+    """Launch calls whose buffers are tensors, in order, on PyTorch's current stream."""
+    for call in calls:
+        spec = SPECS[call.kernel]
+        kernel = getattr(import_module(f"diffveil_kernels.jit.{spec.module}"), spec.function)
+        kernel[call.grid](
+            *call.arguments,
+            **spec.constants,
+            num_warps=spec.num_warps,
+            enable_fp_fusion=False,
+        )
+
+
+def keyed_normal(keys: torch.Tensor, count: int) -> torch.Tensor:
+    """See `diffveil_kernels.reference.keyed_normal.keyed_normal`.
+
+    Raises:
+        KernelInputError: The keys are not contiguous int32 [N, 8], or there are too many numbers.
+    """
+    _check("keys", keys, torch.int32, (None, 8))
+    out = torch.empty((len(keys), count), dtype=torch.float32, device=keys.device)
+    run(keyed_normal_calls(keys, out, len(keys), count))
+    return out
+
+
+def linear_step(
+    latent: torch.Tensor,
+    previous: torch.Tensor,
+    epsilon: torch.Tensor,
+    previous_epsilon: torch.Tensor,
+    noise: torch.Tensor,
+    gradient: torch.Tensor,
+    background: torch.Tensor,
+    mask: torch.Tensor,
+    coefficients: torch.Tensor,
+    pushed: torch.Tensor,
+    normalise: torch.Tensor,
+    blend: torch.Tensor,
+) -> torch.Tensor:
+    """See `diffveil_kernels.reference.linear_step.linear_step`.
+
+    Raises:
+        KernelInputError: A tensor is not contiguous, or has another shape or dtype.
+    """
+    tensors = StepBuffers(
+        *(latent, previous, epsilon, previous_epsilon, noise, gradient, background, mask),
+        *(coefficients, pushed, normalise, blend),
+    )
+    _check("latent", latent, torch.float32, (None, None, None, None))
+    rows, channels, height, width = latent.shape
+    for name in StepBuffers.__dataclass_fields__:
+        shape: tuple[int, ...] = (rows, channels, height, width)
+        if name == "mask":
+            shape = (rows, 1, height, width)
+        elif name == "coefficients":
+            shape = (rows, 8)
+        elif name in ("pushed", "normalise", "blend"):
+            shape = (rows,)
+        dtype = torch.float64 if name == "coefficients" else torch.float32
+        _check(name, getattr(tensors, name), dtype, shape)
+    out = torch.empty_like(latent)
+    sums = torch.empty((rows, PARTS), dtype=torch.float64, device=latent.device)
+    run(linear_step_calls(tensors, sums, out, rows=rows, channels=channels, plane=height * width))
+    return out
+
+
+def _check(
+    name: str, tensor: torch.Tensor, dtype: torch.dtype, shape: Sequence[int | None]
+) -> None:
+    fits = len(shape) == tensor.ndim and all(
+        wanted is None or wanted == axis for wanted, axis in zip(shape, tensor.shape, strict=False)
+    )
+    if not fits or tensor.dtype != dtype or not tensor.is_contiguous():
+        wanted = ["N" if axis is None else axis for axis in shape]
+        raise KernelInputError(
+            f"{name}: received {tensor.dtype} {list(tensor.shape)}"
+            f"{'' if tensor.is_contiguous() else ', not contiguous'}; expected contiguous {dtype} "
+            f"{wanted}"
+        )
