@@ -11,9 +11,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from diffveil_kernels.errors import KernelInputError
-from diffveil_kernels.specs import PARTS, SPECS
+from diffveil_kernels.geometry import FaceTable
+from diffveil_kernels.specs import FLOATS, PARTS, SPECS
 
-__all__ = ["Buffer", "Call", "StepBuffers", "keyed_normal_calls", "linear_step_calls"]
+__all__ = [
+    "Buffer",
+    "Call",
+    "StepBuffers",
+    "face_crop_calls",
+    "face_paste_calls",
+    "keyed_normal_calls",
+    "linear_step_calls",
+]
 
 Buffer = Any
 """A tensor for Triton, or an address of device memory."""
@@ -114,6 +123,99 @@ def linear_step_calls(
     values = tuple(getattr(t, name) for name in StepBuffers.__dataclass_fields__)
     step = Call("linear_step", grid, (*values, sums, out, count, plane))
     return (squares, step) if normalised else (step,)
+
+
+def face_crop_calls(
+    photos: Buffer,
+    integers: Buffer,
+    numbers: Buffer,
+    reduced: Buffer,
+    out: Buffer,
+    table: FaceTable,
+    kind: str,
+) -> tuple[Call, ...]:
+    """Aligned crops of all faces of a table.
+
+    Args:
+        photos: uint8 [table.elements].
+        integers: The table's, int64.
+        numbers: The table's, float64.
+        reduced: uint8 [N, 3, table.capacity], scratch.
+        out: [N, 3, S, S].
+        table: From `diffveil_kernels.geometry.crop_table`.
+        kind: Of `out`: ``"fp16"`` or ``"fp32"``.
+
+    Raises:
+        KernelInputError: There are too many faces for one launch, or there is no such type.
+    """
+    sizes = (table.capacity, table.size)
+    kernel = _of_kind("face_crop", kind)
+    crop = Call(
+        kernel,
+        _tiles(table, table.size**2, kernel),
+        (reduced, integers, numbers, out, *sizes),
+    )
+    reduce = Call(
+        "face_reduce_u8",
+        _tiles(table, table.capacity, "face_reduce_u8"),
+        (photos, integers, numbers, reduced, table.capacity),
+    )
+    return (reduce, crop) if len(table) else ()
+
+
+def face_paste_calls(
+    photos: Buffer,
+    crops: Buffer,
+    mask: Buffer,
+    integers: Buffer,
+    numbers: Buffer,
+    reduced: Buffer,
+    table: FaceTable,
+    kind: str,
+) -> tuple[Call, ...]:
+    """All faces of a table, blended into their photos in place.
+
+    Args:
+        photos: uint8 [table.elements]; changed.
+        crops: [N, 3, S, S].
+        mask: float32 [S, S], that of the table.
+        integers: The table's, int64.
+        numbers: The table's, float64.
+        reduced: uint8 [N, 3, table.capacity], scratch.
+        table: From `diffveil_kernels.geometry.paste_table`.
+        kind: Of `crops`: ``"fp16"`` or ``"fp32"``.
+
+    Raises:
+        KernelInputError: There are too many faces for one launch, or there is no such type.
+    """
+    kernel = _of_kind("face_reduce", kind)
+    reduce = Call(
+        kernel,
+        _tiles(table, table.capacity, kernel),
+        (crops, integers, numbers, reduced, table.capacity),
+    )
+    paste = Call(
+        "face_paste",
+        _tiles(table, table.box, "face_paste"),
+        (photos, reduced, mask, integers, numbers, table.capacity, table.size),
+    )
+    return (reduce, paste) if len(table) and table.box else ()
+
+
+def _of_kind(kernel: str, kind: str) -> str:
+    if kind not in FLOATS:
+        raise KernelInputError(f"crops: no kernel for {kind}, expected one of {', '.join(FLOATS)}")
+    return f"{kernel}_{kind}"
+
+
+def _tiles(table: FaceTable, pixels: int, kernel: str) -> tuple[int, int, int]:
+    """Programs for that many pixels of every face; a face that has fewer leaves some idle."""
+    if len(table) > _MAX_GRID or pixels > _MAX_COUNT:
+        raise KernelInputError(
+            f"{len(table)} faces of {pixels} pixels are too many for one launch: at most "
+            f"{_MAX_GRID} of {_MAX_COUNT}; split them up"
+        )
+    return (-(-pixels // int(SPECS[kernel].constants["BLOCK"])), len(table), 1)
 
 
 def _grid(rows: int, count: int, per_program: int) -> tuple[int, int, int]:

@@ -9,10 +9,15 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-__all__ = ["PARTS", "SPECS", "TARGETS", "KernelSpec"]
+__all__ = ["FLOATS", "PARTS", "SPECS", "TARGETS", "KernelSpec"]
 
 TARGETS = (80, 86, 87, 89, 90, 100, 120)
 """Compute capabilities that kernels are compiled for: 8.0 … 12.0."""
+
+FLOATS = ("fp16", "fp32")
+"""Types that crops come in."""
+
+_FACE_BLOCK = 128  # pixels of a program of the face kernels
 
 PARTS = 8
 """Partial sums of a row's squares."""
@@ -48,6 +53,9 @@ _STEP_TENSORS = (
     *("noise", "gradient", "background", "mask"),
 )
 
+_FACE_TABLES = {"integers": "*i64", "numbers": "*fp64"}
+_SIZES = {"capacity": "i32", "size": "i32"}
+
 _ALL = (
     KernelSpec(
         "keyed_normal",
@@ -76,6 +84,33 @@ _ALL = (
         ),
         {"PARTS": PARTS, "BLOCK": 512},
     ),
+    *(
+        KernelSpec(
+            f"face_reduce_{kind}",
+            "faces",
+            "face_reduce",
+            _typed(source=f"*{kind}", **_FACE_TABLES, reduced="*u8", capacity="i32"),
+            {"FLOATING": kind != "u8", "BLOCK": _FACE_BLOCK},
+        )
+        for kind in ("u8", *FLOATS)
+    ),
+    *(
+        KernelSpec(
+            f"face_crop_{kind}",
+            "faces",
+            "face_crop",
+            _typed(reduced="*u8", **_FACE_TABLES, out=f"*{kind}", **_SIZES),
+            {"BLOCK": _FACE_BLOCK},
+        )
+        for kind in FLOATS
+    ),
+    KernelSpec(
+        "face_paste",
+        "faces",
+        "face_paste",
+        _typed(photos="*u8", reduced="*u8", mask="*fp32", **_FACE_TABLES, **_SIZES),
+        {"BLOCK": _FACE_BLOCK},
+    ),
 )
 
-SPECS: Mapping[str, KernelSpec] = {spec.name: spec for spec in _ALL}
+SPECS: dict[str, KernelSpec] = {spec.name: spec for spec in _ALL}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 
+from diffveil_kernels.specs import SPECS
 from kernel_tools import COMPILED_TARGETS, in_own_process
 
 NEEDS_TRITON = ("test_aot.py", "test_keyed_normal.py", "test_linear_step.py", "test_faces.py")
@@ -21,11 +23,20 @@ if find_spec("triton"):
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     import kernel_probes  # noqa: F401
-    from diffveil_kernels.jit import keyed_normal, linear_step  # noqa: F401
+    from diffveil_kernels.jit import faces, keyed_normal, linear_step  # noqa: F401
 
     del os.environ["TRITON_INTERPRET"]
     if before is not None:
         os.environ["TRITON_INTERPRET"] = before
+
+
+@pytest.fixture
+def few_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Face kernels in large programs: interpreted, each operation takes as long as a small one."""
+    for name, spec in SPECS.items():
+        if spec.module == "faces":
+            constants = {**spec.constants, "BLOCK": 1024}
+            monkeypatch.setitem(SPECS, name, replace(spec, constants=constants))
 
 
 @pytest.fixture(scope="session")

@@ -12,11 +12,21 @@ from importlib import import_module
 
 import torch
 
-from diffveil_kernels.calls import Call, StepBuffers, keyed_normal_calls, linear_step_calls
+from diffveil_kernels.calls import (
+    Call,
+    StepBuffers,
+    face_crop_calls,
+    face_paste_calls,
+    keyed_normal_calls,
+    linear_step_calls,
+)
 from diffveil_kernels.errors import KernelInputError
+from diffveil_kernels.geometry import FaceTable
 from diffveil_kernels.specs import PARTS, SPECS
 
-__all__ = ["keyed_normal", "linear_step", "run"]
+__all__ = ["face_crop", "face_paste", "keyed_normal", "linear_step", "run"]
+
+_KINDS = {torch.float16: "fp16", torch.float32: "fp32"}
 
 
 def run(calls: Sequence[Call]) -> None:
@@ -83,6 +93,49 @@ def linear_step(
     sums = torch.empty((rows, PARTS), dtype=torch.float64, device=latent.device)
     run(linear_step_calls(tensors, sums, out, rows=rows, channels=channels, plane=height * width))
     return out
+
+
+def face_crop(photos: torch.Tensor, table: FaceTable, dtype: str = "float32") -> torch.Tensor:
+    """See `diffveil_kernels.reference.faces.face_crop`.
+
+    Raises:
+        KernelInputError: The photos are not those of the table.
+    """
+    _check("photos", photos, torch.uint8, (table.elements,))
+    out = torch.empty(
+        (len(table), 3, table.size, table.size), dtype=getattr(torch, dtype), device=photos.device
+    )
+    tables = _uploaded(table, photos)
+    run(face_crop_calls(photos, *tables, out, table, _KINDS[out.dtype]))
+    return out
+
+
+def face_paste(
+    photos: torch.Tensor, crops: torch.Tensor, mask: torch.Tensor, table: FaceTable
+) -> torch.Tensor:
+    """See `diffveil_kernels.reference.faces.face_paste`; the photos are copied first.
+
+    Raises:
+        KernelInputError: Photos, crops or mask are not those of the table.
+    """
+    _check("photos", photos, torch.uint8, (table.elements,))
+    if crops.dtype not in _KINDS:
+        raise KernelInputError(f"crops: received {crops.dtype}, expected float16 or float32")
+    _check("crops", crops, crops.dtype, (len(table), 3, table.size, table.size))
+    _check("mask", mask, torch.float32, (table.size, table.size))
+    out = photos.clone()
+    tables = _uploaded(table, photos)
+    run(face_paste_calls(out, crops, mask, *tables, table, _KINDS[crops.dtype]))
+    return out
+
+
+def _uploaded(
+    table: FaceTable, like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """A table's integers and numbers where `like` is, and scratch memory for its reduced images."""
+    reduced = torch.empty((len(table), 3, table.capacity), dtype=torch.uint8, device=like.device)
+    integers, numbers = torch.from_numpy(table.integers), torch.from_numpy(table.numbers)
+    return integers.to(like.device), numbers.to(like.device), reduced
 
 
 def _check(
