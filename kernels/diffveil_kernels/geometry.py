@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from enum import IntEnum
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ _MAX_REACH = 8.0  # a crop may reach this many times the photo's longer side, no
 _CUBIC_SUPPORT = 2.0
 
 
-class Integer(IntEnum):
+class Integer:
     """Columns of `FaceTable.integers`; lengths are pixels, strides and offsets elements."""
 
     SOURCE = 0  # first element of the image that is reduced
@@ -42,9 +41,10 @@ class Integer(IntEnum):
     PHOTO_WIDTH = 15
     LEFT, TOP, RIGHT, BOTTOM = 16, 17, 18, 19  # the photo's pixels that a face may change
     FIRST, LAST = 20, 21  # faces of the same photo
+    COUNT = 22
 
 
-class Number(IntEnum):
+class Number:
     """Columns of `FaceTable.numbers`."""
 
     SCALE_X, SCALE_Y = 0, 1  # pixels of the region to a reduced pixel
@@ -53,6 +53,7 @@ class Number(IntEnum):
     # For pasting only:
     PLACE = 10  # 10 … 15: photo to crop, a matrix by rows
     MIDDLE_U, MIDDLE_V, EXTENT_U, EXTENT_V = 16, 17, 18, 19  # of the mask
+    COUNT = 20
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ def crop_table(
     """
     offsets, elements = _offsets(photos)
     _check_faces(len(photos), owners, matrices, size)
-    integers = np.zeros((len(matrices), len(Integer)), dtype=np.int64)
-    numbers = np.zeros((len(matrices), Number.EXTENT_V + 1), dtype=np.float64)
+    integers = np.zeros((len(matrices), Integer.COUNT), dtype=np.int64)
+    numbers = np.zeros((len(matrices), Number.COUNT), dtype=np.float64)
     for row, values, owner, matrix in zip(integers, numbers, owners, matrices, strict=True):
         height, width = photos[owner]
         inverse = _inverse(matrix)
@@ -139,8 +140,8 @@ def paste_table(
     offsets, elements = _offsets(photos)
     size = mask.shape[0]
     _check_faces(len(photos), owners, matrices, size)
-    integers = np.zeros((len(matrices), len(Integer)), dtype=np.int64)
-    numbers = np.zeros((len(matrices), Number.EXTENT_V + 1), dtype=np.float64)
+    integers = np.zeros((len(matrices), Integer.COUNT), dtype=np.int64)
+    numbers = np.zeros((len(matrices), Number.COUNT), dtype=np.float64)
     support = _support(mask)
     box = 0
     for face, (owner, matrix) in enumerate(zip(owners, matrices, strict=True)):

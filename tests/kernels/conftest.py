@@ -12,7 +12,13 @@ import pytest
 from diffveil_kernels.specs import SPECS
 from kernel_tools import COMPILED_TARGETS, in_own_process
 
-NEEDS_TRITON = ("test_aot.py", "test_keyed_normal.py", "test_linear_step.py", "test_faces.py")
+NEEDS_TRITON = (
+    "test_aot.py",
+    "test_keyed_normal.py",
+    "test_linear_step.py",
+    "test_faces.py",
+    "test_kernel_benchmark.py",
+)
 collect_ignore = [] if find_spec("triton") else list(NEEDS_TRITON)
 
 if find_spec("triton"):
