@@ -4,14 +4,17 @@
     FOLDER/<name>.sm<target>.cubin       the kernel
 
 A compiled kernel is code. The SHA-256 in its record finds damage and mix-ups, not an attacker, who
-would write a matching record: compile kernels yourself, never take them from strangers.
+would write a matching record; so files that somebody else may have written are refused before that.
+Compile kernels yourself, never take them from strangers.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import stat
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +30,8 @@ VERSION = 1
 
 _MAX_RECORD_BYTES = 1 << 20
 _MAX_CUBIN_BYTES = 1 << 24
+_OPEN = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0)
+_OPEN |= getattr(os, "O_NOFOLLOW", 0)
 _AGAIN = "compile the kernels again: diffveil build BUNDLE --kernels"
 _TYPE = re.compile(r"\*(i8|u8|i32|i64|fp16|fp32|fp64)|i32|i64|fp32|fp64")
 
@@ -82,14 +87,11 @@ def read_records(folder: Path) -> tuple[KernelRecord, ...]:
     """The records of a folder of compiled kernels.
 
     Raises:
-        KernelRecordError: There are none, or they are damaged or of a newer version.
+        KernelRecordError: There are none, they are damaged or of a newer version, or somebody else
+            could have written them.
     """
     path = folder / RECORD_FILE
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(_MAX_RECORD_BYTES + 1)
-    except OSError as error:
-        raise KernelRecordError(f"no compiled kernels in {folder}: {_AGAIN}") from error
+    data = _read(path, _MAX_RECORD_BYTES + 1)
     if len(data) > _MAX_RECORD_BYTES:
         raise KernelRecordError(f"{path} is larger than {_MAX_RECORD_BYTES} bytes; {_AGAIN}")
     try:
@@ -110,17 +112,40 @@ def read_cubin(folder: Path, record: KernelRecord) -> bytes:
     """The compiled kernel of a record, checked.
 
     Raises:
-        KernelRecordError: It is missing, or is not what the record says.
+        KernelRecordError: It is missing, is not what the record says, or somebody else could have
+            written it.
     """
     path = folder / record.file
-    try:
-        with path.open("rb") as stream:
-            data = stream.read(record.bytes + 1)
-    except OSError as error:
-        raise KernelRecordError(f"{path} is missing; {_AGAIN}") from error
+    data = _read(path, record.bytes + 1)
     if len(data) != record.bytes or hashlib.sha256(data).hexdigest() != record.sha256:
         raise KernelRecordError(f"{path} differs from its record; {_AGAIN}")
     return data
+
+
+def _read(path: Path, limit: int) -> bytes:
+    """The beginning of a plain file that nobody else could have written."""
+    try:
+        _check_owner(path.parent, os.stat(path.parent))
+        with os.fdopen(os.open(path, _OPEN), "rb") as stream:
+            state = os.fstat(stream.fileno())
+            if not stat.S_ISREG(state.st_mode):
+                raise KernelRecordError(f"{path} is not a plain file; {_AGAIN}")
+            _check_owner(path, state)
+            return stream.read(limit)
+    except OSError as error:
+        raise KernelRecordError(
+            f"no compiled kernels: {path}: {error.strerror}; {_AGAIN}"
+        ) from error
+
+
+def _check_owner(path: Path, state: os.stat_result) -> None:
+    if os.name != "posix":
+        return
+    if state.st_uid not in (0, os.geteuid()) or state.st_mode & stat.S_IWOTH:
+        raise KernelRecordError(
+            f"{path} belongs to another user or can be written by everybody: kernels are code, so "
+            f"they are not loaded; make them yours, or {_AGAIN}"
+        )
 
 
 def _record(entry: Mapping[str, Any]) -> KernelRecord:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
@@ -246,8 +247,28 @@ def test_a_damaged_kernel_is_not_loaded(folder: Path) -> None:
         with pytest.raises(KernelRecordError, match="differs from its record"):
             KernelLauncher(folder, device).run(keyed_normal_calls(1, 2, 1, 1), None)
     file.unlink()
-    with pytest.raises(KernelRecordError, match="missing"):
+    with pytest.raises(KernelRecordError, match="No such file"):
         read_cubin(folder, record)
     with pytest.raises(KernelRecordError, match="no compiled kernels"):
         KernelLauncher(folder / "none", device)
     assert device.loaded == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="permissions of POSIX")
+def test_what_somebody_else_could_have_written_is_not_loaded(folder: Path) -> None:
+    record = record_of("keyed_normal")
+    for path in (folder, folder / RECORD_FILE, folder / record.file):
+        mode = path.stat().st_mode
+        path.chmod(mode | 0o002)
+        with pytest.raises(KernelRecordError, match="written by everybody"):
+            KernelLauncher(folder, WritingDown()).run(keyed_normal_calls(1, 2, 1, 1), None)
+        path.chmod(mode)
+    file = folder / record.file
+    file.rename(folder / "elsewhere")
+    file.symlink_to(folder / "elsewhere")
+    with pytest.raises(KernelRecordError, match="compile the kernels again"):
+        read_cubin(folder, record)
+    file.unlink()
+    os.mkfifo(file)
+    with pytest.raises(KernelRecordError, match="not a plain file"):
+        read_cubin(folder, record)
