@@ -81,6 +81,7 @@ for name in sys.argv[1:]:
     assert "fma." not in ptx
     assert "approx" not in ptx
     assert ".full" not in ptx
+    assert "3FE62E42FEFA39EF" in ptx.upper()  # ln 2, not rounded to float32 on the way
     assert {"div.rn.f64", "sqrt.rn.f64", "mul.rn.f64", "add.rn.f64"} <= set(ptx.split())
 
 

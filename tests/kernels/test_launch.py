@@ -32,6 +32,7 @@ from diffveil_kernels.records import (
     read_records,
 )
 from diffveil_kernels.specs import PARTS, SPECS
+from kernel_tools import in_own_process
 
 CUBIN = b"\x7fELF no real one"
 
@@ -187,6 +188,26 @@ def test_without_a_gpu_it_says_so() -> None:
     pytest.importorskip("cuda.core")
     with pytest.raises(KernelUnavailableError, match="no CUDA device 1000"):
         CudaCore(1000)
+
+
+def test_launching_needs_neither_triton_nor_pytorch(folder: Path) -> None:
+    code = """
+import sys
+sys.modules["triton"] = sys.modules["torch"] = None  # importing them raises ImportError
+from pathlib import Path
+import diffveil_kernels.geometry, diffveil_kernels.traffic
+from diffveil_kernels.reference.keyed_normal import key_words, keyed_normal
+from diffveil_kernels.calls import keyed_normal_calls
+from diffveil_kernels.launch import KernelLauncher
+class Device:
+    capability = 80
+    def load(self, cubin, entry): return entry
+    def launch(self, *arguments): print(arguments[0])
+KernelLauncher(Path(sys.argv[1]), Device()).run(keyed_normal_calls(1, 2, 3, 4), None)
+assert keyed_normal(key_words([bytes(32)]), 3).shape == (1, 3)
+assert not any(name.partition(".")[0] == "diffveil" for name in sys.modules)
+"""
+    assert in_own_process(code, str(folder)).strip() == "keyed_normal"
 
 
 # --- records --------------------------------------------------------------------------------------
