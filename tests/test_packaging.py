@@ -74,7 +74,7 @@ def test_base_install_has_no_inference_engine(requirements: dict[str, set[str]])
 
 
 def test_extras_are_the_promised_ones(requirements: dict[str, set[str]]) -> None:
-    promised = {"cpu", "cuda", "tensorrt", "tensorrt-rtx", "faces", "export", "dev"}
+    promised = {"cpu", "cuda", "tensorrt", "tensorrt-rtx", "faces", "kernels", "export", "dev"}
     assert set(requirements) - {""} == promised
     assert requirements["cpu"] == {"onnxruntime"}
     assert requirements["cuda"] == {"onnxruntime-gpu"}

@@ -10,6 +10,7 @@ from pathlib import Path
 from diffveil.bundle import Bundle
 from diffveil.cli.progress import ProgressBar
 from diffveil_export.engines.builder import BuildOptions, BuildResult, build_engines
+from diffveil_export.engines.kernels import build_kernels
 from diffveil_export.engines.trt_api import NativeOptions, load_builder
 
 __all__ = ["run"]
@@ -37,6 +38,10 @@ def run(args: argparse.Namespace) -> int:
         dry_run=args.dry_run,
     )
     bundle = Bundle.load(args.bundle)
+    if args.kernels:
+        build_kernels(args, bundle)
+    if args.backend is None:
+        return 0
     builder = load_builder(args.backend)
     with ProgressBar("building") as bar:
 

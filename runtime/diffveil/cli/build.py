@@ -6,12 +6,13 @@ import argparse
 from importlib import import_module
 from importlib.util import find_spec
 
-from diffveil.errors import BackendUnavailableError
+from diffveil.errors import BackendUnavailableError, OptionError
 
 __all__ = ["EXAMPLES", "add_arguments", "run"]
 
 # The exporter's own packages that a build needs; PyTorch is not among them.
 NEEDED = ("onnx", "onnx_ir")
+NEEDED_FOR_KERNELS = ("triton",)
 
 EXAMPLES = """\
 examples:
@@ -25,9 +26,12 @@ examples:
       the two programs that take the time
   diffveil build my-bundle/ --backend tensorrt-rtx --target 89 --dry-run
       what would be built, and why
+  diffveil build my-bundle/ --kernels
+      device kernels for every GPU generation from 8.0 to 12.0; no GPU is needed
 
-Engines go to BUNDLE/engines/BACKEND-VERSION-TARGET/. What has not changed is not built again.
-An engine is code: build engines yourself, never take them from strangers.
+Engines go to BUNDLE/engines/BACKEND-VERSION-TARGET/, kernels to BUNDLE/kernels/. Engines that have
+not changed are not built again.
+An engine is code, and so is a kernel: build them yourself, never take them from strangers.
 """
 
 
@@ -37,8 +41,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--backend",
         choices=("tensorrt-rtx", "tensorrt"),
-        required=True,
         help="tensorrt-rtx: RTX GPUs, built anywhere; tensorrt: the GPU that is here",
+    )
+    parser.add_argument(
+        "--kernels",
+        action="store_true",
+        help="compile device kernels, for --target or for all that there are; with --backend, "
+        "engines too",
     )
     what = parser.add_argument_group("what to build")
     what.add_argument(
@@ -87,16 +96,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Builds engines with the arguments declared here.
+    """Builds engines or kernels with the arguments declared here.
 
     Raises:
+        OptionError: It is not said what to build.
         BackendUnavailableError: packages of the export extra are missing.
     """
-    missing = [name for name in NEEDED if find_spec(name) is None]
+    if args.backend is None and not args.kernels:
+        raise OptionError("say what to build: engines for a --backend, or --kernels")
+    needed = (NEEDED if args.backend else ()) + (NEEDED_FOR_KERNELS if args.kernels else ())
+    missing = [name for name in needed if find_spec(name) is None]
     if missing:
+        extras = ",".join(["export", *([args.backend] if args.backend else [])])
         raise BackendUnavailableError(
             f"diffveil build needs {', '.join(missing)}, not installed here: "
-            f"pip install 'diffveil[export,{args.backend}]'"
+            f"pip install 'diffveil[{extras}]'"
         )
     # By name at run time: the runtime must neither import the exporter nor need it.
     return int(import_module("diffveil_export.engines.cli").run(args))
