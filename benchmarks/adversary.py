@@ -14,6 +14,9 @@ impostor pairs: an attacker may choose, unlike the operator of an existing syste
 - *learn*: with pairs of anonymized and original faces of other people at hand, a linear map from
   what the recognizer says of the one to what it says of the other; then as *match*.
 
+Beside ours stand two covers: the face blurred, and an ellipse of plain grey in its place. Grey has
+no face at all, so what is regained from it comes from hair, build and background.
+
 Writes `adversary.json` to `--out`.
 """
 
@@ -32,9 +35,10 @@ from numpy.typing import NDArray
 
 import diffveil
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
-from benchmarks.quality import Pixels, insert, load_people, named_files
+from benchmarks.quality import Pixels, blurred, insert, load_people, named_files
 from diffveil.align import crop_face, similarity
 from diffveil.detectors import CenterFace
+from diffveil.masks import face_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.plans import Guidance, Plan
@@ -98,6 +102,12 @@ def remade(operations: FaceOperations, crops: Pixels, plan: Plan, seed: int) -> 
     return np.concatenate(parts)
 
 
+def greyed(crops: Pixels, mask: F32) -> Pixels:
+    """Crops [N, S, S, 3] with plain grey where the mask [S, S] says that the face is."""
+    weight = mask[..., None]
+    return (crops * (1 - weight) + 127 * weight).astype(np.uint8)
+
+
 def attacks(
     embed: Embed, faces: dict[str, Pixels], people: list[str]
 ) -> dict[str, dict[str, float]]:
@@ -105,8 +115,8 @@ def attacks(
 
     Args:
         embed: Crops [N, S, S, 3] to unit embeddings [N, E].
-        faces: `original`, `anonymized` and `purified` of the same photos; `train original` and
-            `train anonymized` of other people's.
+        faces: `original` and `anonymized` of the same photos, perhaps `purified` too; `train
+            original` and `train anonymized` of other people's.
         people: Person of each photo.
     """
     vectors = {name: embed(crops) for name, crops in faces.items()}
@@ -121,9 +131,10 @@ def attacks(
         "match, the same photo": (hidden, original, same & ~itself),
         "match, other photos": (hidden, original, itself),
         "link": (hidden, hidden, itself),
-        "purify, other photos": (vectors["purified"], original, itself),
         "learn, other photos": (unit(hidden @ learned), original, itself),
     }
+    if "purified" in vectors:
+        trials["purify, other photos"] = (vectors["purified"], original, itself)
     found = {}
     for name, (probe, reference, ignored) in trials.items():
         scores = np.where(ignored, np.nan, probe @ reference.T)
@@ -133,18 +144,22 @@ def attacks(
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """A row an attack, a column a recognizer."""
-    names = list(report["recognizers"])
+    """A row an attack, a column a recognizer and cover."""
+    columns = [
+        (name, cover, rows)
+        for name, covers in report["recognizers"].items()
+        for cover, rows in covers.items()
+    ]
     lines = [
         f"TAR at FAR 1 %, the attacker's own threshold; {report['faces']} photos of "
         f"{report['people']} people, preset `{report['preset']}`; {report['train_faces']} pairs "
         "of other people to learn from.",
         "",
-        "| attack | " + " | ".join(names) + " |",
-        "|---|" + "---|" * len(names),
+        "| attack | " + " | ".join(f"{name}: {cover}" for name, cover, _ in columns) + " |",
+        "|---|" + "---|" * len(columns),
     ]
-    for attack in report["recognizers"][names[0]]:
-        cells = [f"{report['recognizers'][name][attack]['tar']:.1%}" for name in names]
+    for attack in columns[0][2]:
+        cells = [f"{rows[attack]['tar']:.1%}" if attack in rows else "" for *_, rows in columns]
         lines.append(f"| {attack} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
@@ -173,7 +188,13 @@ def main(argv: list[str] | None = None) -> int:
     template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
     plan, operations = preset(args.preset).anonymize, protector.operations
 
-    faces: dict[str, Pixels] = {}
+    mask = face_mask(size, protector.bundle.template)
+    covers: dict[str, Callable[[Pixels, int], Pixels]] = {
+        "ours": lambda crops, seed: remade(operations, crops, plan, seed),
+        "blur": lambda crops, _: np.stack([blurred(crop) for crop in crops]),
+        "grey": lambda crops, _: greyed(crops, mask),
+    }
+    faces: dict[str, dict[str, Pixels]] = {cover: {} for cover in covers}
     people: list[str] = []
     sets = (("", args.people, args.max_people), ("train ", args.train, args.train_people))
     for prefix, folder, count in sets:
@@ -181,16 +202,18 @@ def main(argv: list[str] | None = None) -> int:
         if len({p.person for p in portraits}) < 2:
             parser.error(f"{folder}: expected person/photo.jpg of at least two people")
         crops = np.stack([p.crop("original", template, size) for p in portraits])
-        faces[f"{prefix}original"] = crops
-        faces[f"{prefix}anonymized"] = remade(operations, crops, plan, seed=10**4 * len(faces))
         people = people or [p.person for p in portraits]
-    faces["purified"] = remade(operations, faces["anonymized"], _PURIFY, seed=10**6)
+        for cover, change in covers.items():
+            faces[cover][f"{prefix}original"] = crops
+            faces[cover][f"{prefix}anonymized"] = change(crops, 10**5 * len(faces[cover]))
+    ours = faces["ours"]
+    ours["purified"] = remade(operations, ours["anonymized"], _PURIFY, seed=10**6)
 
     to_arcface = similarity(template, ARCFACE_TEMPLATE)
     report: dict[str, Any] = {
         "faces": len(people),
         "people": len(set(people)),
-        "train_faces": len(faces["train original"]),
+        "train_faces": len(ours["train original"]),
         "bundle": protector.bundle.name,
         "fingerprint": protector.bundle.fingerprint,
         "preset": args.preset,
@@ -205,7 +228,9 @@ def main(argv: list[str] | None = None) -> int:
         def embed(crops: Pixels, network: Embed = network) -> F32:
             return network(np.stack([crop_face(crop, to_arcface, 112) for crop in crops]))
 
-        report["recognizers"][name] = attacks(embed, faces, people)
+        report["recognizers"][name] = {
+            cover: attacks(embed, crops, people) for cover, crops in faces.items()
+        }
     args.out.mkdir(parents=True, exist_ok=True)
     (args.out / "adversary.json").write_text(json.dumps(report, indent=1) + "\n")
     if args.document:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from benchmarks.adversary import as_markdown, attacks, linear_map, rates, unit
+from benchmarks.adversary import as_markdown, attacks, greyed, linear_map, rates, unit
 from numpy.typing import NDArray
 
 F32 = NDArray[np.float32]
@@ -68,8 +68,18 @@ def test_the_table_names_every_attack() -> None:
         "people": 40,
         "preset": "fast",
         "train_faces": 300,
-        "recognizers": {"a": rows, "b": rows},
+        "recognizers": {"a": {"ours": rows, "grey": {"link": rows["link"]}}},
     }
     text = as_markdown(report)
-    assert "| match | 1.2% | 1.2% |" in text
+    assert "| attack | a: ours | a: grey |" in text
+    assert "| match | 1.2% |  |" in text
     assert "| link | 50.0% | 50.0% |" in text
+
+
+def test_grey_covers_the_face_and_nothing_else() -> None:
+    crops = np.random.default_rng(5).integers(0, 256, (2, 4, 4, 3), dtype=np.uint8)
+    mask = np.zeros((4, 4), np.float32)
+    mask[1:3, 1:3] = 1
+    covered = greyed(crops, mask)
+    assert (covered[:, 1:3, 1:3] == 127).all()
+    np.testing.assert_array_equal(covered[:, 0], crops[:, 0])
