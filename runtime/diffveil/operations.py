@@ -22,6 +22,7 @@ from diffveil.engines import Programs
 from diffveil.errors import OptionError
 from diffveil.fused import Background, can_run_fused, run_fused
 from diffveil.guidance import IdentityGuidance
+from diffveil.keychecks import compact
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
@@ -177,7 +178,8 @@ class FaceOperations:
             progress: Called after each step.
 
         Returns:
-            Tokens, float32 [N, 10, D]; latents, float32 [N, K, C, s, s], the noisiest first.
+            Tokens, float32 [N, 10, D], rounded to what float16 can hold; latents, float32
+            [N, K, C, s, s], the noisiest first.
 
         Raises:
             OptionError: An argument is out of range.
@@ -185,10 +187,12 @@ class FaceOperations:
         """
         faces = self._batch(crops)
         table = inversion.forward(self.schedule)
-        denoise = Denoiser(self.programs, faces.tokens, table.timesteps, max_batch=self.max_batch)
+        # Rounded before they are used, so that keeping them in float16 costs recovery nothing.
+        tokens = compact(faces.tokens).astype(np.float32)
+        denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
         noisiest, before = run(table, faces.latents, denoise, progress=progress)
         latents = (noisiest, before)[: inversion.latents]
-        return faces.tokens, np.stack(latents, axis=1)
+        return tokens, np.stack(latents, axis=1)
 
     def recover(
         self,
@@ -201,7 +205,7 @@ class FaceOperations:
         """Faces out of what `invert` returned.
 
         Args:
-            tokens: Float32 [N, 10, D].
+            tokens: Float32 [N, 10, D], or conditionings [N, 10, T, W], which are not expanded.
             latents: Float32 [N, K, C, s, s], the noisiest first.
             inversion: Sampler and steps that they were made with.
             progress: Called after each step.
@@ -353,8 +357,10 @@ class FaceOperations:
     def _check_noise_map(self, tokens: _F32, latents: Latent, inversion: Inversion) -> None:
         d = self.bundle.dimensions
         faces = len(tokens)
+        expanded = tokens.ndim == 4
+        width = [d.conditioning_length, d.conditioning_width] if expanded else [d.token_width]
         wanted = {
-            "tokens": (tokens, [faces, d.stages, d.token_width]),
+            "tokens": (tokens, [faces, d.stages, *width]),
             "latents": (
                 latents,
                 [faces, inversion.latents, d.latent_channels, d.latent_size, d.latent_size],

@@ -37,8 +37,9 @@ def test_recover_brings_the_faces_back(protector: Protector, group: Pixels) -> N
     mask = recovery_mask(32, template)
     expected = paste_faces(group, list(round_trip), matrices, mask, match_colour=False)
     difference = np.abs(np.asarray(recovered.image).astype(int) - expected)
-    # A level of rounding; nothing of the protected face, which differs by tens of levels.
-    assert difference.max() <= 1
+    # A level of rounding, one for latents in float16; nothing of the protected face, which differs
+    # by tens of levels.
+    assert difference.max() <= 2
 
 
 def test_hide_can_be_recovered_too(protector: Protector, portrait: Pixels) -> None:

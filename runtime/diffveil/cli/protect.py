@@ -92,10 +92,10 @@ def _plan_sealing(
         return [None] * len(jobs), None
     keys = plan_keys(jobs, args.key)
     # Whatever would be refused when sealing is refused here, before anything is computed.
-    from diffveil.keysecrets import check_passphrase, parse_recipients
+    from diffveil.keysecrets import check_passphrase, check_recipients
 
     if args.recipient:
-        parse_recipients(args.recipient)
+        check_recipients(args.recipient)
         return keys, _Seal(None, tuple(args.recipient))
     if not args.passphrase_file:
         passphrase = ask_passphrase(sealing=True)
@@ -148,15 +148,19 @@ def _protect(
 
 
 def _write(job: Job, result: Result, key_path: Path | None, seal: _Seal | None) -> Path | None:
+    from diffveil.photos import write_photo
+
     written = None
     try:
-        # The key first: a key without its photo is useless, a photo without its key is lost.
+        # Encoded first, so that the key knows the pictures as they are written; then the key: a key
+        # without its photo is useless, a photo without its key is lost.
+        encoded = [result.encode(output, variant=v) for v, output in enumerate(job.outputs)]
         if key_path is not None and seal is not None and result.key is not None:
             seal.seal(result.key, key_path)
             written = key_path
-        for variant, output in enumerate(job.outputs):
+        for output, content in zip(job.outputs, encoded, strict=True):
             output.parent.mkdir(parents=True, exist_ok=True)
-            result.save(output, variant=variant)
+            write_photo(content, output)
     except (PhotoError, KeyFileError, OSError) as error:
         raise WriteError(str(error)) from error
     return written

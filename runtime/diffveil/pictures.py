@@ -1,0 +1,43 @@
+"""Which picture a recovery key belongs to: exactly, or but for its encoding."""
+
+from __future__ import annotations
+
+import hmac
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from diffveil.facekeys import COARSE_SIDE, Picture
+from diffveil.photos import Photo, photo_digest
+
+__all__ = ["MAX_COARSE_DIFFERENCE", "is_one_of", "looks_like_one_of", "picture_of"]
+
+MAX_COARSE_DIFFERENCE = 8.0
+"""Root mean square of the differences of coarse colours, in levels of 0 … 255, up to which a
+picture may be a copy that was encoded again."""
+
+
+def picture_of(photo: Photo) -> Picture:
+    """What a key notes of a protected photo."""
+    return Picture(photo_digest(photo), _coarse(photo).tobytes())
+
+
+def is_one_of(pictures: Sequence[Picture], photo: Photo) -> bool:
+    """Whether a photo is one of the pictures, pixel by pixel. Takes as long whichever it is."""
+    digest = photo_digest(photo)
+    return sum(hmac.compare_digest(digest, picture.digest) for picture in pictures) > 0
+
+
+def looks_like_one_of(pictures: Sequence[Picture], photo: Photo) -> bool:
+    """Whether a photo can be a lossy copy of one of the pictures, by its coarse colours."""
+    mine = _coarse(photo).astype(np.float64)
+    theirs = [np.frombuffer(p.coarse, np.uint8).reshape(mine.shape) for p in pictures]
+    return any(np.sqrt(np.mean((mine - t) ** 2)) <= MAX_COARSE_DIFFERENCE for t in theirs)
+
+
+def _coarse(photo: Photo) -> NDArray[np.uint8]:
+    """Mean colours of 8×8 cells, uint8 [8, 8, 3]."""
+    image = Image.fromarray(photo.pixels)
+    return np.asarray(image.resize((COARSE_SIDE, COARSE_SIDE), Image.Resampling.BOX))
