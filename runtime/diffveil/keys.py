@@ -226,8 +226,7 @@ class RecoveryKey(Guarded):
         """
         secret = Secret.to_seal(passphrase, recipients, allow_weak=allow_weak_passphrase)
         del passphrase, recipients  # errors from here on carry neither in their tracebacks
-        with _wiped(write_key(self, secret.recipients)) as payload:
-            return seal_payload(payload, secret)
+        return self._sealed(secret)
 
     def seal(
         self,
@@ -255,9 +254,15 @@ class RecoveryKey(Guarded):
         """
         secret = Secret.to_seal(passphrase, recipients, allow_weak=allow_weak_passphrase)
         del passphrase, recipients
+        self.seal_with(path, secret, overwrite=overwrite)
+
+    def seal_with(self, path: StrPath, secret: Secret, *, overwrite: bool = True) -> None:
+        """As `seal`, with a secret that is checked already."""
+        write_private(path, self._sealed(secret), overwrite=overwrite)
+
+    def _sealed(self, secret: Secret) -> bytes:
         with _wiped(write_key(self, secret.recipients)) as payload:
-            sealed = seal_payload(payload, secret)
-        write_private(path, sealed, overwrite=overwrite)
+            return seal_payload(payload, secret)
 
     @classmethod
     def unseal(
@@ -283,6 +288,13 @@ class RecoveryKey(Guarded):
         """
         secret = Secret.to_open(passphrase, identity)
         del passphrase, identity
+        return cls.open_with(source, secret, max_work_factor=max_work_factor)
+
+    @classmethod
+    def open_with(
+        cls, source: StrPath | bytes, secret: Secret, *, max_work_factor: int = MAX_WORK_FACTOR
+    ) -> RecoveryKey:
+        """As `unseal`, with a secret that is checked already."""
         data = source if isinstance(source, bytes) else read_file(source, MAX_FILE_BYTES)
         with _wiped(open_sealed(data, secret, max_work_factor=max_work_factor)) as plain:
             try:

@@ -14,7 +14,7 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -34,7 +34,10 @@ _MAX_AXES = 8
 
 _Array = npt.NDArray[np.floating[Any]]
 
-_STORAGES = {"torch FloatStorage": np.dtype("<f4"), "torch HalfStorage": np.dtype("<f2")}
+_STORAGES: dict[str, np.dtype[Any]] = {
+    "torch FloatStorage": np.dtype("<f4"),
+    "torch HalfStorage": np.dtype("<f2"),
+}
 _REBUILD = "torch._utils _rebuild_tensor_v2"
 _ORDERED_DICT = "collections OrderedDict"
 _MARK = object()
@@ -235,11 +238,12 @@ class _Machine:
         if len(raw) != limit or offset + count > storage.count or not count:
             _refuse("a tensor is empty or reaches beyond its numbers")
         flat = np.frombuffer(raw, storage.dtype, count, offset * storage.dtype.itemsize)
-        return flat.reshape(shape)
+        tensor: _Array = flat.reshape(shape)
+        return tensor
 
 
 _PUSHED = frozenset({"BININT", "BININT1", "BININT2", "LONG1", "BINUNICODE", "SHORT_BINUNICODE"})
-_CONSTANTS = {
+_CONSTANTS: dict[str, Callable[[], Any]] = {
     "EMPTY_LIST": list,
     "EMPTY_TUPLE": tuple,
     "NEWTRUE": lambda: True,

@@ -7,11 +7,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffveil.cli.exits import ExitCode, WriteError
+from diffveil.cli.exits import ExitCode, UsageError, WriteError
 from diffveil.cli.paths import check_targets, find_key, find_photos, output_folder, plan_jobs
 from diffveil.cli.progress import ProgressBar
 from diffveil.cli.report import describe_photo, json_line, report_failure
-from diffveil.cli.secret import ask_passphrase, passphrase_from_file, readable_file
+from diffveil.cli.secret import opening_secret
 from diffveil.errors import KeyFileError, KeyMismatchError, PhotoError
 
 if TYPE_CHECKING:
@@ -31,30 +31,32 @@ def run(args: argparse.Namespace) -> int:
     """
     photos = find_photos(args.photos, exclude=output_folder(args.output))
     jobs = plan_jobs(photos, args.output, tag="recovered")
-    keys = [find_key(args.key, photo) for photo in photos]
+    if len(args.key) > 1 and len(photos) > 1:
+        raise UsageError("several --key belong to one photo: name a folder of keys instead")
+    keys = [[find_key(key, photo) for key in args.key] for photo in photos]
     check_targets(
         [(job.source, job.outputs[0]) for job in jobs],
-        inputs=[*(job.source for job in jobs), *keys],
+        inputs=[*(job.source for job in jobs), *(path for some in keys for path in some)],
     )
-    passphrase, identity = None, None
-    if args.identity:
-        identity = readable_file(args.identity, "--identity")
-    elif args.passphrase_file:
-        passphrase = passphrase_from_file(args.passphrase_file)
-    else:
-        passphrase = ask_passphrase(sealing=False)
+    secret = opening_secret(args)
 
     from diffveil.keys import RecoveryKey
     from diffveil.protector import Protector
 
     protector = Protector.load(args.bundle, backend=args.backend)
     status: int = ExitCode.DONE
-    for number, (job, path) in enumerate(zip(jobs, keys, strict=True), start=1):
+    for number, (job, paths) in enumerate(zip(jobs, keys, strict=True), start=1):
+        path = paths[0]
         label = "recover" if len(jobs) == 1 else f"recover {number} of {len(jobs)}"
         with ProgressBar(label) as bar:
             try:
-                key = RecoveryKey.unseal(path, passphrase=passphrase, identity=identity)
-                result = protector.recover(job.source, key, progress=bar)
+                opened = []
+                for path in paths:
+                    opened.append(RecoveryKey.open_with(path, secret))
+                with RecoveryKey.join(opened) if len(opened) > 1 else opened[0] as key:
+                    result = protector.recover(
+                        job.source, key, reencoded=args.reencoded, progress=bar
+                    )
                 _write(result, job.outputs[0])
             except (PhotoError, KeyFileError, KeyMismatchError, WriteError) as error:
                 failure = report_failure(
@@ -68,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
                 continue
             if args.json:
                 record = describe_photo(
-                    job.source, job.outputs, path, result.backend, result.seconds, result.faces
+                    job.source, job.outputs, paths[0], result.backend, result.seconds, result.faces
                 )
                 bar.message(json_line(record), sys.stdout)
             else:

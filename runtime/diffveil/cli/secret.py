@@ -1,19 +1,113 @@
-"""Passphrases and identities: from a prompt or a file, never from an argument.
+"""Passphrases, identities and recipients: how they are asked for, and what is made of them.
 
-An argument would stand in the shell's history and in every process listing.
+Secrets come from a prompt or a file, never from an argument, which would stand in the shell's
+history and in every process listing.
 """
 
 from __future__ import annotations
 
+import argparse
 import getpass
+import hmac
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
 
 from diffveil.cli.exits import UsageError
 
-__all__ = ["ask_passphrase", "passphrase_from_file", "readable_file"]
+if TYPE_CHECKING:
+    from diffveil.keysecrets import Secret
+
+__all__ = [
+    "add_opening",
+    "add_sealing",
+    "ask_passphrase",
+    "opening_secret",
+    "passphrase_from_file",
+    "readable_file",
+    "sealing_secret",
+]
+
+_Arguments: TypeAlias = "argparse.ArgumentParser | argparse._ArgumentGroup"
 
 _MAX_PASSPHRASE_FILE = 64 * 1024  # bytes
+
+
+def add_opening(parser: _Arguments) -> None:
+    """Declare what opens a key file; `opening_secret` reads it."""
+    secret = parser.add_mutually_exclusive_group()
+    secret.add_argument(
+        "--passphrase-file",
+        metavar="F",
+        help="open with the passphrase on the only line of this file (default: ask)",
+    )
+    secret.add_argument(
+        "--identity", metavar="AGE-IDENTITY-FILE", help="open with this age identity instead"
+    )
+
+
+def opening_secret(args: argparse.Namespace) -> Secret:
+    """The identity, passphrase file or prompt that the command line names.
+
+    Raises:
+        UsageError: the file is missing or unusable, or there is no terminal to ask on.
+        OptionError: the passphrase is none.
+    """
+    from diffveil.keysecrets import Secret
+
+    if args.identity:
+        return Secret.to_open(None, readable_file(args.identity, "--identity"))
+    if args.passphrase_file:
+        return Secret.to_open(passphrase_from_file(args.passphrase_file), None)
+    return Secret.to_open(ask_passphrase(sealing=False), None)
+
+
+def add_sealing(
+    parser: _Arguments, recipient: str = "--recipient", file: str = "--passphrase-file"
+) -> None:
+    """Declare what a key file is sealed to; `sealing_secret` reads it.
+
+    Args:
+        parser: the command's.
+        recipient: name of the option for public keys.
+        file: name of the option for a file with a passphrase.
+    """
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        file,
+        metavar="F",
+        dest="sealing_file",
+        help="seal with the passphrase on the only line of this file (default: ask)",
+    )
+    group.add_argument(
+        recipient,
+        metavar="age1…",
+        dest="recipient",
+        action="append",
+        help="seal to this age public key instead; may be given several times",
+    )
+    parser.add_argument(
+        "--allow-weak-passphrase",
+        action="store_true",
+        help="take a passphrase that is easy to guess; whoever gets the file may guess at leisure",
+    )
+
+
+def sealing_secret(args: argparse.Namespace) -> Secret:
+    """The recipients, passphrase file or prompt that the command line names, checked.
+
+    Raises:
+        UsageError: the file is missing or unusable, or there is no terminal to ask on.
+        OptionError: a passphrase is weak and that is not allowed, or a public key is none.
+    """
+    from diffveil.keysecrets import Secret
+
+    weak: bool = args.allow_weak_passphrase
+    if args.recipient:
+        return Secret.to_seal(None, args.recipient, allow_weak=weak)
+    if args.sealing_file:
+        return Secret.to_seal(passphrase_from_file(args.sealing_file), (), allow_weak=weak)
+    return Secret.to_seal(ask_passphrase(sealing=True), (), allow_weak=weak)
 
 
 def readable_file(path: str, option: str) -> Path:
@@ -66,6 +160,9 @@ def ask_passphrase(*, sealing: bool) -> str:
     passphrase = getpass.getpass("Passphrase: ")
     if not passphrase:
         raise UsageError("the passphrase is empty")
-    if sealing and getpass.getpass("The same again: ") != passphrase:
-        raise UsageError("the two passphrases differ")
+    if sealing:
+        again = getpass.getpass("The same again: ")
+        encoding = "utf-8", "surrogatepass"
+        if not hmac.compare_digest(again.encode(*encoding), passphrase.encode(*encoding)):
+            raise UsageError("the two passphrases differ")
     return passphrase
