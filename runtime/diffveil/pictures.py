@@ -15,8 +15,9 @@ from diffveil.photos import Photo, photo_digest
 __all__ = ["MAX_COARSE_DIFFERENCE", "is_one_of", "looks_like_one_of", "picture_of"]
 
 MAX_COARSE_DIFFERENCE = 8.0
-"""Root mean square of the differences of coarse colours, in levels of 0 … 255, up to which a
-picture may be a copy that was encoded again."""
+"""How far the colour of a coarse cell may be off, root mean square of RGB in levels of 0 … 255, in
+half of the cells of a copy that was encoded again. The other half may be faces that were recovered
+meanwhile."""
 
 
 def picture_of(photo: Photo) -> Picture:
@@ -34,7 +35,8 @@ def looks_like_one_of(pictures: Sequence[Picture], photo: Photo) -> bool:
     """Whether a photo can be a lossy copy of one of the pictures, by its coarse colours."""
     mine = _coarse(photo).astype(np.float64)
     theirs = [np.frombuffer(p.coarse, np.uint8).reshape(mine.shape) for p in pictures]
-    return any(np.sqrt(np.mean((mine - t) ** 2)) <= MAX_COARSE_DIFFERENCE for t in theirs)
+    off = [np.sqrt(np.mean((mine - colours) ** 2, axis=2)) for colours in theirs]
+    return any(float(np.median(cells)) <= MAX_COARSE_DIFFERENCE for cells in off)
 
 
 def _coarse(photo: Photo) -> NDArray[np.uint8]:
