@@ -52,12 +52,15 @@ def reseal(
         KeyFileError: the file is damaged, or cannot be read or written.
     """
     opening = Secret.to_open(passphrase, identity)
-    ways = [bool(add or remove), recipients is not None, new_passphrase is not None]
+    added, removed = Secret.to_seal(None, add), Secret.to_seal(None, remove)
     sealing = None
-    if sum(ways) == 1 and not ways[0]:
+    if recipients is not None or new_passphrase is not None:
         sealing = Secret.to_seal(new_passphrase, recipients or (), allow_weak=allow_weak_passphrase)
-    del passphrase, identity, new_passphrase  # not in the tracebacks of what follows
-    if sum(ways) != 1:
+    changing = bool(add or remove)
+    # So that no traceback of an error carries them; identities get pasted where recipients belong.
+    del passphrase, identity, add, remove, recipients, new_passphrase
+    opening.check()
+    if changing == (sealing is not None):
         raise OptionError(
             "Seal it to what? Give recipients to add or remove, or all recipients, or a new "
             "passphrase."
@@ -65,9 +68,9 @@ def reseal(
     return reseal_with(
         path,
         opening,
-        sealing,
-        add=add,
-        remove=remove,
+        sealing.check() if sealing else None,
+        add=added,
+        remove=removed,
         target=target,
         max_work_factor=max_work_factor,
     )
@@ -78,31 +81,34 @@ def reseal_with(
     opening: Secret,
     sealing: Secret | None,
     *,
-    add: Sequence[str] = (),
-    remove: Sequence[str] = (),
+    add: Secret,
+    remove: Secret,
     target: StrPath | None = None,
     max_work_factor: int = MAX_WORK_FACTOR,
 ) -> tuple[str, ...]:
-    """As `reseal`, with secrets that are checked already; no `sealing`: the changed recipients."""
+    """As `reseal`, with secrets that are checked already; no `sealing`: recipients changed."""
     with RecoveryKey.open_with(path, opening, max_work_factor=max_work_factor) as key:
         if sealing is None:
-            wanted = _changed(key.recipients, add, remove)
-            sealing = Secret.to_seal(None, wanted, allow_weak=False)
+            sealing = _changed(key, add, remove).check()
         key.seal_with(path if target is None else target, sealing, overwrite=target is None)
     return sealing.recipients
 
 
-def _changed(present: Sequence[str], add: Sequence[str], remove: Sequence[str]) -> tuple[str, ...]:
-    if not present:
+def _changed(key: RecoveryKey, add: Secret, remove: Secret) -> Secret:
+    """The recipients of an opened key, with some more and some less."""
+    if not key.recipients:
         raise OptionError(
             "The key file names no recipients to add to or remove from: it is sealed to a "
             "passphrase, or its writer named none. Give all recipients."
         )
-    for place, one in enumerate(remove, start=1):
-        if one.strip() not in present:
-            raise OptionError(f"Recipient {place} to remove is none of the file's recipients.")
-    gone = {one.strip() for one in remove}
-    kept = tuple(one for one in (*present, *add) if one.strip() not in gone)
-    if not kept:
+    unknown = set(remove.recipients).difference(key.recipients)
+    if unknown:
+        count = len(unknown)
+        del unknown
+        raise OptionError(f"{count} of those to remove are none of the file's recipients.")
+    everyone = (*key.recipients, *add.recipients)
+    kept = Secret.to_seal(None, [one for one in everyone if one not in remove.recipients])
+    del everyone
+    if not kept.recipients:
         raise OptionError("Nobody could open the key file if all its recipients were removed.")
     return kept

@@ -225,8 +225,8 @@ class RecoveryKey(Guarded):
             KeyFileError: the key is larger than a key file may be.
         """
         secret = Secret.to_seal(passphrase, recipients, allow_weak=allow_weak_passphrase)
-        del passphrase, recipients  # errors from here on carry neither in their tracebacks
-        return self._sealed(secret)
+        del passphrase, recipients  # so that no traceback of an error carries them
+        return self._sealed(secret.check())
 
     def seal(
         self,
@@ -254,7 +254,7 @@ class RecoveryKey(Guarded):
         """
         secret = Secret.to_seal(passphrase, recipients, allow_weak=allow_weak_passphrase)
         del passphrase, recipients
-        self.seal_with(path, secret, overwrite=overwrite)
+        self.seal_with(path, secret.check(), overwrite=overwrite)
 
     def seal_with(self, path: StrPath, secret: Secret, *, overwrite: bool = True) -> None:
         """As `seal`, with a secret that is checked already."""
@@ -288,7 +288,7 @@ class RecoveryKey(Guarded):
         """
         secret = Secret.to_open(passphrase, identity)
         del passphrase, identity
-        return cls.open_with(source, secret, max_work_factor=max_work_factor)
+        return cls.open_with(source, secret.check(), max_work_factor=max_work_factor)
 
     @classmethod
     def open_with(

@@ -24,8 +24,6 @@ __all__ = [
     "MAX_RECIPIENTS",
     "MIN_PASSPHRASE_CHARACTERS",
     "Secret",
-    "check_passphrase",
-    "check_recipients",
     "generate_identity",
     "is_recipient",
     "load_pyrage",
@@ -70,21 +68,28 @@ def generate_identity() -> tuple[str, str]:
 
 
 class Secret:
-    """What seals or opens a key file, checked. It shows nothing, also where it is a local variable.
+    """What seals or opens a key file. It shows nothing, also where it is a local variable.
 
-    `to_seal` and `to_open` make one.
+    `to_seal` and `to_open` make one and never fail, so that a caller can forget the original before
+    `check` says what is wrong with it:
+
+        secret = Secret.to_open(passphrase, identity)
+        del passphrase, identity
+        secret.check()
     """
 
-    __slots__ = ("_identities", "_identity", "_passphrase", "recipients")
+    __slots__ = ("_identities", "_identity", "_passphrase", "_problem", "recipients")
 
     def __init__(
         self,
         passphrase: str | None,
+        problem: str | None,
         *,
         recipients: tuple[str, ...] = (),
         identity: StrPath | None = None,
     ) -> None:
         self._passphrase = passphrase
+        self._problem = problem
         self._identity = identity
         self._identities: list[Any] = []
         self.recipients = recipients
@@ -94,39 +99,25 @@ class Secret:
 
     @classmethod
     def to_seal(
-        cls, passphrase: str | None, recipients: Sequence[str], *, allow_weak: bool
+        cls, passphrase: str | None, recipients: Sequence[str], *, allow_weak: bool = False
     ) -> Secret:
-        """Exactly one of a passphrase and recipients.
-
-        Raises:
-            OptionError: it is not exactly one, or not acceptable.
-            BackendUnavailableError: `pyrage` is not installed.
-        """
-        unique: tuple[str, ...] = ()
+        """A passphrase or recipients, of which the same one given twice counts once."""
         problem: str | None = None
         if isinstance(recipients, str):
             problem = "recipients must be a sequence of age1… public keys, not one string."
+            recipients = ()
         elif passphrase is not None and recipients:
             problem = "Seal to a passphrase or to recipients, not to both."
         elif passphrase is not None:
             problem = _passphrase_problem(passphrase, allow_weak)
         elif not recipients:
             problem = "Nothing to seal to: give a passphrase or at least one recipient."
-        else:
-            unique, problem = _parse_recipients(recipients)
-        secret = cls(passphrase, recipients=unique)
-        del passphrase, recipients, unique
-        if problem:
-            raise OptionError(problem)
-        return secret
+        unique = tuple(dict.fromkeys(recipient.strip() for recipient in recipients))
+        return cls(passphrase, problem, recipients=unique)
 
     @classmethod
     def to_open(cls, passphrase: str | None, identity: StrPath | None) -> Secret:
-        """Exactly one of a passphrase and an identity; the identity is read when it is needed.
-
-        Raises:
-            OptionError: it is not exactly one, or not a passphrase.
-        """
+        """A passphrase or an identity, which is read when it is needed."""
         problem: str | None = None
         if passphrase is not None and identity is not None:
             problem = "Give a passphrase or an identity to open a key file, not both."
@@ -134,11 +125,19 @@ class Secret:
             problem = _passphrase_problem(passphrase, allow_weak=True)
         elif identity is None:
             problem = "Give a passphrase or an identity to open a key file."
-        secret = cls(passphrase, identity=identity)
-        del passphrase, identity
+        return cls(passphrase, problem, identity=identity)
+
+    def check(self) -> Secret:
+        """Return this if it is exactly one secret, and acceptable.
+
+        Raises:
+            OptionError: it is not.
+            BackendUnavailableError: `pyrage` is not installed.
+        """
+        problem = self._problem or _recipients_problem(self.recipients)
         if problem:
             raise OptionError(problem)
-        return secret
+        return self
 
     @property
     def is_passphrase(self) -> bool:
@@ -233,40 +232,13 @@ class _Sink(io.RawIOBase):
         return self._buffer
 
 
-def check_passphrase(passphrase: str, *, allow_weak: bool) -> None:
-    """Refuse what is no passphrase and, unless allowed, what is a weak one.
-
-    The rule is a floor, not a measure: at least 8 characters, 4 of them different.
-
-    Raises:
-        OptionError: it is empty, not encodable, too long or (unless `allow_weak`) weak.
-    """
-    problem = _passphrase_problem(passphrase, allow_weak)
-    del passphrase
-    if problem:
-        raise OptionError(problem)
-
-
-def check_recipients(recipients: Sequence[str]) -> tuple[str, ...]:
-    """Check public keys; the same one given twice counts once.
-
-    Raises:
-        OptionError: there are too many, or one is not an age X25519 public key.
-    """
-    unique, problem = _parse_recipients(recipients)
-    del recipients
-    if problem:
-        del unique
-        raise OptionError(problem)
-    return unique
-
-
 def is_recipient(text: str) -> bool:
     """Whether this has the form of an age X25519 public key; its checksum is not looked at."""
     return _RECIPIENT.fullmatch(text) is not None
 
 
 def _passphrase_problem(passphrase: str, allow_weak: bool) -> str | None:
+    """Why this is no passphrase or, unless allowed, a weak one: a floor, not a measure."""
     if not passphrase.strip():
         return "The passphrase is empty."
     try:
@@ -285,25 +257,25 @@ def _passphrase_problem(passphrase: str, allow_weak: bool) -> str | None:
         return None
     return (
         f"The passphrase has {short}. Whoever gets the key file can guess at it without limit: use "
-        "several random words (or pass allow_weak_passphrase=True, for tests)."
+        "several random words (or allow it: allow_weak_passphrase=True, --allow-weak-passphrase)."
     )
 
 
-def _parse_recipients(recipients: Sequence[str]) -> tuple[tuple[str, ...], str | None]:
-    """The different ones, and what is wrong with them."""
+def _recipients_problem(recipients: Sequence[str]) -> str | None:
+    if not recipients:
+        return None
     pyrage = load_pyrage()
-    unique = tuple(dict.fromkeys(recipient.strip() for recipient in recipients))
-    if len(unique) > MAX_RECIPIENTS:
-        return unique, f"{len(unique)} recipients are given; at most {MAX_RECIPIENTS} can be."
-    for number, text in enumerate(unique, start=1):
+    if len(recipients) > MAX_RECIPIENTS:
+        return f"{len(recipients)} recipients are given; at most {MAX_RECIPIENTS} can be."
+    for number, text in enumerate(recipients, start=1):
         sound = False
         if is_recipient(text):
             with suppress(pyrage.RecipientError):
                 pyrage.x25519.Recipient.from_str(text)
                 sound = True
         if not sound:
-            return unique, f"Recipient {number} is not an age X25519 public key (age1…)."
-    return unique, None
+            return f"Recipient {number} is not an age X25519 public key (age1…)."
+    return None
 
 
 def _parse_identities(identity: StrPath) -> list[Any]:

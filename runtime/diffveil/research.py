@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from diffveil.bundle import Bundle
-from diffveil.errors import KeyFileError, KeyMismatchError
+from diffveil.errors import KeyFileError, KeyMismatchError, OptionError
 from diffveil.keys import FaceKey, RecoveryKey
 from diffveil.photos import PhotoSource, load_photo
 from diffveil.pictures import picture_of
@@ -72,13 +72,14 @@ def import_research_key(
             "was exported from the weights that made them"
         )
     scene = aligned_scene(load_photo(photo), bundle.template, bundle.image_size)
-    (face,) = scene.faces
+    (face,), (matrix,) = scene.faces, scene.matrices
+    try:
+        key_e = np.concatenate(conditionings)
+        face_key = FaceKey(key_e, noise, matrix, face.box, face.landmarks)
+    except OptionError as error:
+        raise KeyFileError(f"The files do not hold a key. {error}") from error
     return RecoveryKey(
-        faces=(
-            FaceKey(
-                np.concatenate(conditionings), noise, scene.matrices[0], face.box, face.landmarks
-            ),
-        ),
+        faces=(face_key,),
         bundle=bundle.fingerprint,
         sampler="ddim",
         steps=steps,

@@ -14,7 +14,7 @@ import io
 import math
 import pickletools
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -230,7 +230,7 @@ class _Machine:
             _refuse("a tensor is malformed")
         if not _whole(shape) or not _whole(strides) or len(shape) > _MAX_AXES:
             _refuse("a tensor's shape is malformed")
-        if list(strides) != list(_contiguous(shape)):
+        if len(strides) != len(shape) or not _is_contiguous(shape, strides):
             _refuse("a tensor is not contiguous: save it again after .contiguous()")
         count = math.prod(shape)
         limit = storage.count * storage.dtype.itemsize
@@ -257,9 +257,11 @@ def _whole(values: Any) -> bool:
     return isinstance(values, tuple) and all(type(v) is int and v >= 0 for v in values)
 
 
-def _contiguous(shape: tuple[int, ...]) -> Iterator[int]:
-    """The strides of a contiguous tensor, in items."""
-    rest = math.prod(shape)
-    for size in shape:
-        rest //= max(size, 1)
-        yield rest
+def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
+    """Whether the numbers lie row by row; the strides of axes of one item do not matter."""
+    rest = 1
+    for size, stride in zip(reversed(shape), reversed(strides), strict=True):
+        if size > 1 and stride != rest:
+            return False
+        rest *= size
+    return True

@@ -144,10 +144,12 @@ def _reseal(args: argparse.Namespace) -> None:
     target = None if args.output is None else _new_file(args.output)
     opening = opening_secret(args)
     from diffveil.keyaccess import reseal_with
+    from diffveil.keysecrets import Secret
 
     sealing = None if args.add or args.remove else sealing_secret(args)
     path = readable_file(args.key, "KEYFILE")
-    now = reseal_with(path, opening, sealing, add=args.add, remove=args.remove, target=target)
+    add, remove = Secret.to_seal(None, args.add), Secret.to_seal(None, args.remove)
+    now = reseal_with(path, opening, sealing, add=add, remove=remove, target=target)
     sealed_to = f"{len(now)} recipient{'s' if len(now) != 1 else ''}" if now else "a passphrase"
     print(f"{target or path}: sealed to {sealed_to}; copies of the old file still open")
 
@@ -164,7 +166,7 @@ def _split(args: argparse.Namespace) -> None:
     opening = opening_secret(args)
     from diffveil.keysecrets import Secret
 
-    secrets = {n: Secret.to_seal(None, some, allow_weak=False) for n, some in holders.items()}
+    secrets = {n: Secret.to_seal(None, some).check() for n, some in holders.items()}
     shared = None if secrets else sealing_secret(args)
     with _opened(args.key, opening) as key:
         parts = (key.select(secrets) if secrets else key).split()

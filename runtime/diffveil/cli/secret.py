@@ -56,10 +56,10 @@ def opening_secret(args: argparse.Namespace) -> Secret:
     from diffveil.keysecrets import Secret
 
     if args.identity:
-        return Secret.to_open(None, readable_file(args.identity, "--identity"))
+        return Secret.to_open(None, readable_file(args.identity, "--identity")).check()
     if args.passphrase_file:
-        return Secret.to_open(passphrase_from_file(args.passphrase_file), None)
-    return Secret.to_open(ask_passphrase(sealing=False), None)
+        return Secret.to_open(passphrase_from_file(args.passphrase_file), None).check()
+    return Secret.to_open(ask_passphrase(sealing=False), None).check()
 
 
 def add_sealing(
@@ -104,10 +104,11 @@ def sealing_secret(args: argparse.Namespace) -> Secret:
 
     weak: bool = args.allow_weak_passphrase
     if args.recipient:
-        return Secret.to_seal(None, args.recipient, allow_weak=weak)
+        return Secret.to_seal(None, args.recipient).check()
     if args.sealing_file:
-        return Secret.to_seal(passphrase_from_file(args.sealing_file), (), allow_weak=weak)
-    return Secret.to_seal(ask_passphrase(sealing=True), (), allow_weak=weak)
+        passphrase = passphrase_from_file(args.sealing_file)
+        return Secret.to_seal(passphrase, (), allow_weak=weak).check()
+    return Secret.to_seal(ask_passphrase(sealing=True), (), allow_weak=weak).check()
 
 
 def readable_file(path: str, option: str) -> Path:
