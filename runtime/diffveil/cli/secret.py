@@ -10,6 +10,7 @@ import argparse
 import getpass
 import hmac
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -56,7 +57,7 @@ def opening_secret(args: argparse.Namespace) -> Secret:
     from diffveil.keysecrets import Secret
 
     if args.identity:
-        return Secret.to_open(None, readable_file(args.identity, "--identity")).check()
+        return Secret.to_open(None, _secret_file(args.identity, "--identity")).check()
     if args.passphrase_file:
         return Secret.to_open(passphrase_from_file(args.passphrase_file), None).check()
     return Secret.to_open(ask_passphrase(sealing=False), None).check()
@@ -123,13 +124,29 @@ def readable_file(path: str, option: str) -> Path:
     return file
 
 
+def _secret_file(path: str, option: str) -> Path:
+    """As `readable_file`, but not quoting what may be the secret itself.
+
+    Raises:
+        UsageError: nothing is there, or it is no file.
+    """
+    file = Path(path)
+    with suppress(OSError, ValueError):  # too long for a name, or with a null character
+        if file.is_file():
+            return file
+    raise UsageError(
+        f"{option}: no such file. It takes the name of a file (not repeated here); if that was the "
+        "secret itself, it now stands in the shell's history: choose a new one"
+    )
+
+
 def passphrase_from_file(path: str) -> str:
     """The only line of a file; its line ending is not part of the passphrase.
 
     Raises:
         UsageError: the file is missing, empty, too large, not UTF-8, or has several lines.
     """
-    file = readable_file(path, "--passphrase-file")
+    file = _secret_file(path, "--passphrase-file")
     if file.stat().st_size > _MAX_PASSPHRASE_FILE:
         raise UsageError(f"--passphrase-file {path}: larger than {_MAX_PASSPHRASE_FILE} bytes")
     try:
