@@ -1,0 +1,145 @@
+"""What a recovery key weighs, and what keeping it in float16 costs recovery.
+
+    python -m benchmarks.keys PHOTOS [--bundle DIR] [--faces 40]
+
+PHOTOS is a folder of photos; every face that the detector finds counts. Prints two Markdown tables:
+the loss of PSNR to the photo's own crop, against the autoencoder's round trip, by sampler and
+precision of key-I; and the bytes of sealed files. No time is measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from diffveil import FaceKey, Inversion, Picture, Protector, RecoveryKey, generate_identity
+from diffveil.cli.paths import find_photos
+from diffveil.scenes import read_scenes, to_images
+
+_INVERSIONS = (
+    Inversion("o-belm", 8),
+    Inversion("o-belm", 20),
+    Inversion("bdia", 8),
+    Inversion("bdia", 20),
+    Inversion("ddim", 100),
+)
+_SIZES = {
+    "this bundle": None,
+    "Stable Diffusion 1.x": (768, 4, 64),
+}
+
+
+def crops_of(protector: Protector, folder: Path, count: int) -> NDArray[np.float32]:
+    """The first faces of a folder, [N, 3, S, S] in [-1, 1]."""
+    found: list[NDArray[np.uint8]] = []
+    for photo in find_photos([str(folder)]):
+        (scene,) = read_scenes(
+            [photo.path],
+            None,
+            detect=protector.detector.detect,
+            aligned=False,
+            on_missing="keep",
+            template=protector.bundle.template,
+            size=protector.bundle.image_size,
+        )
+        found += list(scene.crops)
+        if len(found) >= count:
+            break
+    return to_images(np.stack(found[:count]))
+
+
+def psnr(images: NDArray[np.float32], crops: NDArray[np.float32]) -> NDArray[np.float64]:
+    """Of each of [N, 3, S, S] in [-1, 1], in dB."""
+    error = np.mean((images.astype(np.float64) - crops) ** 2, axis=(1, 2, 3))
+    return 10 * np.log10(4 / error)
+
+
+def losses(protector: Protector, crops: NDArray[np.float32]) -> list[str]:
+    """Rows of the first table."""
+    operations = protector.operations
+    faces = operations.prepare(crops)
+    round_trip = np.clip(protector.programs.decode(latent=faces.latents), -1, 1)
+    best = psnr(round_trip, crops)
+    rows = [f"{len(crops)} faces; round trip {best.mean():.2f} dB", ""]
+    rows += [
+        "| sampler | key-I | PSNR lost: mean | most | to the round trip |",
+        "|---|---|---|---|---|",
+    ]
+    for inversion in _INVERSIONS:
+        tokens, latents = operations.invert(faces, inversion)
+        for name in ("float32", "float16"):
+            kept = latents.astype(name).astype(np.float32)
+            images = operations.recover(tokens, kept, inversion)
+            lost = best - psnr(images, crops)
+            near = psnr(images, round_trip).mean()
+            rows.append(
+                f"| {inversion.sampler}, {inversion.steps} steps | {name} | {lost.mean():.4f} dB "
+                f"| {lost.max():.4f} dB | {near:.1f} dB |"
+            )
+    return rows
+
+
+def sealed_bytes(
+    faces: int, sampler_latents: int, width: int, channels: int, side: int, dtype: str
+) -> int:
+    """Size of a key file of random numbers of these shapes, sealed to one recipient."""
+    rng = np.random.default_rng(1)
+    made = tuple(
+        FaceKey(
+            rng.standard_normal((10, width)).astype(np.float16),
+            rng.standard_normal((sampler_latents, channels, side, side)).astype(dtype),
+            np.eye(2, 3),
+            (0.0, 0.0, 1.0, 1.0),
+            rng.uniform(0, 1, (5, 2)),
+            number,
+        )
+        for number in range(faces)
+    )
+    key = RecoveryKey(
+        faces=made,
+        bundle="0" * 64,
+        sampler="ddim" if sampler_latents == 1 else "o-belm",
+        steps=8,
+        photo_size=(480, 640),
+        pictures=(Picture(bytes(32), bytes(192)),),
+        backend="cpu",
+        precision="float32",
+    )
+    return len(key.seal_bytes(recipients=[generate_identity()[0]]))
+
+
+def sizes(protector: Protector) -> list[str]:
+    """Rows of the second table."""
+    d = protector.bundle.dimensions
+    rows = [
+        "| shapes of | latents | key-I | 1 face | 2 faces | 6 faces |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name, shape in _SIZES.items():
+        shapes = shape or (d.token_width, d.latent_channels, d.latent_size)
+        for latents in (2, 1):
+            for dtype in ("float16", "float32"):
+                counts = [sealed_bytes(n, latents, *shapes, dtype) for n in (1, 2, 6)]
+                cells = " | ".join(f"{count:,}" for count in counts)
+                rows.append(f"| {name} | {latents} | {dtype} | {cells} |")
+    return rows
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Measure and print."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.keys", description=__doc__)
+    parser.add_argument("photos", type=Path, metavar="PHOTOS")
+    parser.add_argument("--bundle", type=Path)
+    parser.add_argument("--faces", type=int, default=40)
+    args = parser.parse_args(argv)
+    with Protector.load(args.bundle, threads=1) as protector:
+        crops = crops_of(protector, args.photos, args.faces)
+        print("\n".join([*losses(protector, crops), "", *sizes(protector)]))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
