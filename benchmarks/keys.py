@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from diffveil import FaceKey, Inversion, Picture, Protector, RecoveryKey, generate_identity
 from diffveil.cli.paths import find_photos
+from diffveil.keychecks import compact
 from diffveil.scenes import read_scenes, to_images
 
 _INVERSIONS = (
@@ -69,7 +70,8 @@ def losses(protector: Protector, crops: NDArray[np.float32]) -> list[str]:
         "|---|---|---|---|---|",
     ]
     for inversion in _INVERSIONS:
-        tokens, latents = operations.invert(faces, inversion)
+        rounded = compact(faces.tokens).astype(np.float32)
+        tokens, latents = operations.invert(faces, inversion, tokens=rounded)
         for name in ("float32", "float16"):
             kept = latents.astype(name).astype(np.float32)
             images = operations.recover(tokens, kept, inversion)

@@ -22,7 +22,6 @@ from diffveil.engines import Programs
 from diffveil.errors import OptionError
 from diffveil.fused import Background, can_run_fused, run_fused
 from diffveil.guidance import IdentityGuidance
-from diffveil.keychecks import compact
 from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
@@ -168,18 +167,23 @@ class FaceOperations:
         return self._protect("hide", "attract", crops, plan, keys, variants, progress)
 
     def invert(
-        self, crops: Crops, inversion: Inversion, *, progress: Progress | None = None
+        self,
+        crops: Crops,
+        inversion: Inversion,
+        *,
+        tokens: _F32 | None = None,
+        progress: Progress | None = None,
     ) -> tuple[_F32, Latent]:
         """The two parts of a recovery key: stage tokens and noise map.
 
         Args:
             crops: Faces, float32 [N, 3, S, S] in [-1, 1], or a batch of them.
             inversion: Sampler and steps.
+            tokens: Tokens to invert with, float32 [N, 10, D]; by default those of the crops.
             progress: Called after each step.
 
         Returns:
-            Tokens, float32 [N, 10, D], rounded to what float16 can hold; latents, float32
-            [N, K, C, s, s], the noisiest first.
+            Tokens, float32 [N, 10, D]; latents, float32 [N, K, C, s, s], the noisiest first.
 
         Raises:
             OptionError: An argument is out of range.
@@ -187,8 +191,7 @@ class FaceOperations:
         """
         faces = self._batch(crops)
         table = inversion.forward(self.schedule)
-        # Rounded before they are used, so that keeping them in float16 costs recovery nothing.
-        tokens = compact(faces.tokens).astype(np.float32)
+        tokens = faces.tokens if tokens is None else tokens
         denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
         noisiest, before = run(table, faces.latents, denoise, progress=progress)
         latents = (noisiest, before)[: inversion.latents]

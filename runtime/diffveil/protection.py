@@ -181,7 +181,13 @@ def _run(
     )
     if not protection.make_key:
         return _Faces(images, None, None)
-    tokens, latents = operations.invert(faces, recovery, progress=part_of(progress, steps, total))
+    tokens, latents = operations.invert(
+        faces,
+        recovery,
+        # Rounded before they are used, so that keeping them in float16 costs recovery nothing.
+        tokens=compact(faces.tokens).astype(np.float32),
+        progress=part_of(progress, steps, total),
+    )
     return _Faces(images, tokens, latents)
 
 
