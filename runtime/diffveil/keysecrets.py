@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from typing import Any
 
+from diffveil.agestreams import Sink, Source
 from diffveil.errors import BackendUnavailableError, KeyFileError, OptionError
 from diffveil.privatefile import StrPath, read_file
 
@@ -166,7 +167,7 @@ class Secret:
         parse = pyrage.x25519.Recipient.from_str
         sink = io.BytesIO()
         with memoryview(payload) as view:
-            pyrage.encrypt_io(_Source(view), sink, [parse(text) for text in self.recipients])
+            pyrage.encrypt_io(Source(view), sink, [parse(text) for text in self.recipients])
         return sink.getvalue()
 
     def decrypt(self, data: bytes, payload_bytes: int) -> bytearray:
@@ -186,50 +187,13 @@ class Secret:
         pyrage = load_pyrage()
         if self._passphrase is not None:
             return bytearray(pyrage.passphrase.decrypt(data, self._passphrase))
-        sink = _Sink(payload_bytes)
+        sink = Sink(payload_bytes)
         try:
             pyrage.decrypt_io(io.BytesIO(data), sink, self._identities)
         except BaseException:
             sink.wipe()
             raise
         return sink.plain()
-
-
-class _Source(io.RawIOBase):
-    """Lends a buffer to pyrage piece by piece, so that no second whole copy is made."""
-
-    def __init__(self, view: memoryview) -> None:
-        self._view = view
-        self._position = 0
-
-    def read(self, size: int = -1) -> bytes:
-        end = len(self._view) if size < 0 else self._position + size
-        piece = bytes(self._view[self._position : end])
-        self._position += len(piece)
-        return piece
-
-
-class _Sink(io.RawIOBase):
-    """Collects plaintext in one buffer that never grows: growing would leave copies behind."""
-
-    def __init__(self, capacity: int) -> None:
-        self._buffer = bytearray(capacity)
-        self._size = 0
-
-    def write(self, piece: Any) -> int:
-        end = self._size + len(piece)
-        self._buffer[self._size : end] = piece
-        self._size = end
-        return len(piece)
-
-    def wipe(self) -> None:
-        """Overwrite what was written."""
-        self._buffer[:] = bytes(len(self._buffer))
-
-    def plain(self) -> bytearray:
-        """What was written; the buffer itself."""
-        del self._buffer[self._size :]
-        return self._buffer
 
 
 def is_recipient(text: str) -> bool:

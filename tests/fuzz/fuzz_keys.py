@@ -1,10 +1,12 @@
 """Fuzzes the readers of `targets`: by coverage where atheris is installed, else by mutation.
 
     python tests/fuzz/fuzz_keys.py [--seconds N] [--corpus FOLDER] [--without-atheris]
+    python tests/fuzz/fuzz_keys.py --corpus FOLDER --merge
 
 Starts from `tests/fuzz/corpus`; what it finds on the way goes to FOLDER (default: a new temporary
-one). Ends with an error at the first input that breaks a target and writes it beside the working
-directory's other files as `crash-…`.
+one). `--merge` adds to `tests/fuzz/corpus` what of FOLDER reaches code that it does not. Ends with
+an error at the first input that breaks a target, and writes that input to `crash-…` in the working
+directory.
 """
 
 from __future__ import annotations
@@ -84,21 +86,19 @@ def by_mutation(seconds: float) -> int:
     raise AssertionError("mutations never end")
 
 
-def by_coverage(seconds: int, folder: str) -> None:
+def by_coverage(seconds: int, folder: str, *, merge: bool = False) -> None:
     """Hand over to atheris, which ends the process."""
     import atheris
 
     with atheris.instrument_imports(include=["diffveil", "targets"]):
         from targets import MAX_INPUT_BYTES, run_one
 
-    options = [
-        f"-max_total_time={seconds}",
-        f"-max_len={MAX_INPUT_BYTES}",
-        "-timeout=10",
-        "-rss_limit_mb=1024",
-        "-print_final_stats=1",
-    ]
-    atheris.Setup([sys.argv[0], *options, folder, str(CORPUS)], run_one)
+    options = [f"-max_len={MAX_INPUT_BYTES}", "-timeout=10", "-rss_limit_mb=1024"]
+    if merge:
+        folders = ["-merge=1", str(CORPUS), folder]
+    else:
+        folders = [f"-max_total_time={seconds}", "-print_final_stats=1", folder, str(CORPUS)]
+    atheris.Setup([sys.argv[0], *options, *folders], run_one)
     atheris.Fuzz()
 
 
@@ -107,13 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--corpus", metavar="FOLDER", help="where new inputs are kept")
+    parser.add_argument("--merge", action="store_true")
     parser.add_argument("--without-atheris", action="store_true")
     args = parser.parse_args()
     folder = args.corpus or tempfile.mkdtemp(prefix="fuzz-corpus-")
     Path(folder).mkdir(parents=True, exist_ok=True)
     if not args.without_atheris:
         try:
-            by_coverage(args.seconds, folder)
+            by_coverage(args.seconds, folder, merge=args.merge)
         except ImportError:
             print("atheris is not installed: mutating without coverage", file=sys.stderr)
     print(f"{by_mutation(args.seconds)} inputs, none broke a reader")

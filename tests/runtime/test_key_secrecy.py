@@ -146,7 +146,7 @@ def test_what_was_decrypted_before_damage_is_wiped(
 
     made: list[Any] = []
 
-    class Watched(keysecrets._Sink):
+    class Watched(keysecrets.Sink):
         def __init__(self, capacity: int) -> None:
             super().__init__(capacity)
             made.append(self)
@@ -154,7 +154,7 @@ def test_what_was_decrypted_before_damage_is_wiped(
     latents = np.ones((2, 4, 64, 64), np.float32)
     faces = (dataclasses.replace(key.faces[0], latents=latents),)
     sealed = dataclasses.replace(key, faces=faces).seal_bytes(recipients=[pair[0]])
-    monkeypatch.setattr(keysecrets, "_Sink", Watched)
+    monkeypatch.setattr(keysecrets, "Sink", Watched)
     with pytest.raises(diffveil.KeyFileError):
         RecoveryKey.unseal(sealed[:-1] + bytes([sealed[-1] ^ 1]), identity=pair[1])
     (sink,) = made

@@ -147,13 +147,18 @@ def passphrase_from_file(path: str) -> str:
         UsageError: the file is missing, empty, too large, not UTF-8, or has several lines.
     """
     file = _secret_file(path, "--passphrase-file")
-    if file.stat().st_size > _MAX_PASSPHRASE_FILE:
-        raise UsageError(f"--passphrase-file {path}: larger than {_MAX_PASSPHRASE_FILE} bytes")
+    memory = bytearray(_MAX_PASSPHRASE_FILE + 1)
     try:
-        text = file.read_bytes().decode("utf-8")
+        with file.open("rb", buffering=0) as stream:
+            size = stream.readinto(memory)
+        if size > _MAX_PASSPHRASE_FILE:
+            raise UsageError(f"--passphrase-file {path}: larger than {_MAX_PASSPHRASE_FILE} bytes")
+        text = str(memoryview(memory)[:size], "utf-8")
     except UnicodeDecodeError:
         # Not chained: the decoder's message quotes a byte of the secret.
         raise UsageError(f"--passphrase-file {path}: not UTF-8 text") from None
+    finally:
+        memory[:] = bytes(len(memory))
     passphrase = text.removesuffix("\n").removesuffix("\r")
     if not passphrase:
         raise UsageError(f"--passphrase-file {path}: the file is empty")
