@@ -40,6 +40,7 @@ __all__ = [
     "load_photo",
     "photo_digest",
     "save_photo",
+    "shows_same_pixels",
     "write_photo",
 ]
 
@@ -62,6 +63,7 @@ _WRITABLE = {
     ".bmp": "BMP",
 }
 _WITH_ALPHA = ("PNG", "WEBP", "TIFF")
+_LOSSLESS = ("BMP", "PNG", "TIFF")
 _WITH_EXIF = ("JPEG", "PNG", "WEBP", "TIFF")
 
 _ORIENTATION = 0x0112
@@ -237,6 +239,12 @@ def write_photo(encoded: bytes, path: str | os.PathLike[str]) -> Path:
     except OSError as error:
         raise PhotoError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
+
+
+def shows_same_pixels(photo: Photo, path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name, as `save_photo` writes it, shows the photo's very pixels."""
+    file_format = _WRITABLE.get(Path(path).suffix.lower())
+    return file_format in _LOSSLESS and (photo.alpha is None or file_format in _WITH_ALPHA)
 
 
 def photo_digest(photo: Photo) -> bytes:

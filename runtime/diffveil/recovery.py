@@ -54,22 +54,23 @@ def recover(
         EngineError: A program failed.
     """
     started = time.perf_counter() if started is None else started
-    # Faces whose keys were made alike run together.
-    alike: dict[Inversion, list[tuple[int, FaceKey]]] = {}
+    # Faces whose keys were made alike, of tokens or of conditionings, run together.
+    alike: dict[tuple[Inversion, int], list[tuple[int, FaceKey]]] = {}
     for index, (photo, key) in enumerate(zip(photos, keys, strict=True)):
         inversion = check_key(operations, photo, key, reencoded=reencoded)
-        alike.setdefault(inversion, []).extend((index, face) for face in key.faces)
-    steps = {i: len(i.recovery(operations.schedule).steps) for i in alike}
+        group = inversion, key.faces[0].tokens.ndim
+        alike.setdefault(group, []).extend((index, face) for face in key.faces)
+    steps = {group: len(group[0].recovery(operations.schedule).steps) for group in alike}
     done, total = 0, sum(steps.values())
     crops: list[list[np.ndarray]] = [[] for _ in photos]
-    for inversion, members in alike.items():
+    for group, members in alike.items():
         images = operations.recover(
             np.stack([face.tokens for _, face in members]).astype(np.float32),
             np.stack([face.latents for _, face in members]).astype(np.float32),
-            inversion,
+            group[0],
             progress=part_of(progress, done, total),
         )
-        done += steps[inversion]
+        done += steps[group]
         for (index, _), crop in zip(members, to_pixels(images), strict=True):
             crops[index].append(crop)
     mask = recovery_mask(operations.bundle.image_size, operations.bundle.template)

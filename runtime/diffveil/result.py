@@ -15,7 +15,7 @@ from PIL import Image
 from diffveil.errors import OptionError
 from diffveil.faces import Face
 from diffveil.keys import MAX_PICTURES, RecoveryKey
-from diffveil.photos import Photo, encode_photo, load_photo, write_photo
+from diffveil.photos import Photo, encode_photo, load_photo, shows_same_pixels, write_photo
 from diffveil.pictures import picture_of
 
 __all__ = ["FaceEmbeddings", "Result"]
@@ -99,11 +99,10 @@ class Result:
         """
         if not 0 <= variant < len(self.photos):
             raise OptionError(f"variant is {variant}, expected 0 to {len(self.photos) - 1}")
-        encoded = encode_photo(
-            self.photos[variant], path, quality=quality, keep_metadata=keep_metadata
-        )
-        if self.key is not None:
-            seen = load_photo(encoded, max_pixels=self.photos[variant].pixels.size)
+        photo = self.photos[variant]
+        encoded = encode_photo(photo, path, quality=quality, keep_metadata=keep_metadata)
+        if self.key is not None and not shows_same_pixels(photo, path):
+            seen = load_photo(encoded, max_pixels=photo.width * photo.height)
             fitting = (*self.key.pictures, picture_of(seen))[-MAX_PICTURES:]
             object.__setattr__(self, "key", replace(self.key, pictures=fitting))
         return encoded

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,10 @@ from diffveil import (
 )
 from diffveil.plans import Inversion
 from diffveil.torchtensors import read_tensors
-from fake_photos import Pixels
+from fake_photos import PRESET, Pixels, key_of
 from fake_programs import DIMENSIONS, fake_programs
+
+PRESET_OF_DDIM = replace(PRESET, recovery=Inversion("ddim", 30))
 
 
 def saved(value: object, **options: Any) -> bytes:
@@ -178,6 +181,12 @@ def test_the_release_recovers_on_a_bundle_of_its_shape(
     key = RecoveryKey.unseal(key.seal_bytes(recipients=[recipient]), identity=identity)
     protector = Protector(programs)
     recovered = protector.recover(photo, key)
+    # Beside a key of tokens with the same sampler and steps, in one call.
+    own = protector.anonymize(photo, aligned=True, preset=PRESET_OF_DDIM, seed=1)
+    both = protector.recover([photo, own.image], [key, key_of(own)])
+    np.testing.assert_array_equal(both[0].image, recovered.image)
+    programs.backend.calls.clear()  # type: ignore[attr-defined]
+    protector.recover(photo, key)
     # By hand: the sampler's own table, the conditionings as they are.
     operations = protector.operations
     expected = operations.recover(
