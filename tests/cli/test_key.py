@@ -145,6 +145,34 @@ def test_recover_takes_the_keys_in_hand(
     assert run("recover", "zero.png", *one, "--identity", "me", "-o", "x.png", "--reencoded") == 0
 
 
+def test_a_folder_of_split_keys_gives_each_holder_the_own_face(
+    run: Any,
+    recovered: None,
+    me: Pair,
+    you: Pair,
+    protector: Protector,
+    result: Result,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    split = ("key", "split", "group.veilkey", "-o", "keys", "--identity", "me")
+    assert run(*split, "--holder", f"0={me[0]}", "--holder", f"1={you[0]}") == 0
+    for number, who in enumerate(("me", "you")):
+        recover = ("recover", "group.png", "--key", "keys", "--identity", who)
+        assert run(*recover, "-o", f"{who}.png") == 0
+        expected = protector.recover(result.image, key_of(result).select([number])).image
+        with Image.open(f"{who}.png") as file:
+            np.testing.assert_array_equal(np.asarray(file), np.asarray(expected))
+    Path("nobody").write_text(generate_identity()[1], encoding="ascii")
+    assert run(*recover[:-1], "nobody", "-o", "x.png") == 4
+    both = [f"keys/group.face-{number}.veilkey" for number in (0, 1)]
+    named = ("--key", both[0], "--key", both[1])
+    assert run("recover", "group.png", *named, "--identity", "me", "-o", "x.png") == 4
+    Path(both[1]).write_bytes(b"broken")
+    assert run(*recover[:-1], "me", "-o", "x.png") == 5
+    assert "group.face-1.veilkey" in capsys.readouterr().err
+    assert not Path("x.png").exists()
+
+
 def test_another_picture_is_status_5(
     run: Any, recovered: None, result: Result, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from diffveil.cli.exits import UsageError
-from diffveil.cli.paths import KEY_SUFFIX
+from diffveil.cli.paths import FACE, KEY_SUFFIX
 from diffveil.cli.secret import (
     add_opening,
     add_sealing,
@@ -172,7 +172,7 @@ def _split(args: argparse.Namespace) -> None:
         parts = (key.select(secrets) if secrets else key).split()
         stem = Path(args.key).name.removesuffix(KEY_SUFFIX)
         places = [
-            _new_file(Path(args.output) / f"{stem}.face-{part.faces[0].number}{KEY_SUFFIX}")
+            _new_file(Path(args.output) / f"{stem}.{FACE}-{part.faces[0].number}{KEY_SUFFIX}")
             for part in parts
         ]
         Path(args.output).mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ examples:
   diffveil recover group-anonymized.jpg --key group.veilkey
       asks for the passphrase and writes group-anonymized-recovered.jpg
   diffveil recover shared/ --key keys/ --identity me.agekey -o originals/
-      a folder; each photo's key is the file of its name in keys/
+      a folder; each photo's key is the file of its name in keys/, or those of its faces that the
+      identity opens
   diffveil recover group.jpg --key ann.veilkey --key bob.veilkey --identity both.agekey
       two faces whose keys were split; all others stay protected
 A wrong passphrase or identity ends with status 4 and writes nothing: there is no wrong face. A key
