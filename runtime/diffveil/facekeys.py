@@ -147,6 +147,11 @@ class FaceKey(Guarded):
         """What all faces of one key have in common."""
         return self.tokens.shape, self.tokens.dtype, self.latents.shape, self.latents.dtype
 
+    @property
+    def is_wiped(self) -> bool:
+        """Whether `wipe` was called: noise is never zero throughout."""
+        return not self.latents.any()
+
     def wipe(self) -> None:
         """Overwrite the arrays with zeros; the face cannot be recovered from this object again."""
         for array in (self.tokens, self.latents, self.landmarks):

@@ -153,6 +153,15 @@ class RecoveryKey(Guarded):
         for face in self.faces:
             face.wipe()
 
+    def require_faces(self) -> None:
+        """Make sure that no face was wiped.
+
+        Raises:
+            OptionError: one was: sealing or recovering nothing would look like success.
+        """
+        if any(face.is_wiped for face in self.faces):
+            raise OptionError("The recovery key was wiped: unseal it again.")
+
     def select(self, numbers: Iterable[int]) -> RecoveryKey:
         """The key of some of the faces, which share their memory with this one.
 
@@ -261,6 +270,7 @@ class RecoveryKey(Guarded):
         write_private(path, self._sealed(secret), overwrite=overwrite)
 
     def _sealed(self, secret: Secret) -> bytes:
+        self.require_faces()
         with _wiped(write_key(self, secret.recipients)) as payload:
             return seal_payload(payload, secret)
 

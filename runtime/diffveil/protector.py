@@ -321,7 +321,7 @@ class Protector:
         Raises:
             PhotoError: A photo cannot be read.
             KeyMismatchError: A key belongs to another bundle or photo.
-            OptionError: There is not one key for each photo.
+            OptionError: There is not one key for each photo, or one was wiped.
             EngineError: A program cannot be loaded or failed.
         """
         started = time.perf_counter()

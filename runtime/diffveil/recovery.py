@@ -51,6 +51,7 @@ def recover(
 
     Raises:
         KeyMismatchError: A key belongs to another bundle or photo.
+        OptionError: A key was wiped.
         EngineError: A program failed.
     """
     started = time.perf_counter() if started is None else started
@@ -107,7 +108,9 @@ def check_key(
 
     Raises:
         KeyMismatchError: It belongs to another bundle or photo; the message says what differs.
+        OptionError: It was wiped.
     """
+    key.require_faces()
     bundle, d = operations.bundle, operations.bundle.dimensions
     if key.bundle != bundle.fingerprint:
         raise KeyMismatchError(

@@ -192,7 +192,7 @@ def test_research_keys_are_sealed(
     bundle = fake_bundle(tmp_path / "sd")
     d = DIMENSIONS
     torch.save([torch.zeros(1, d.conditioning_length, d.conditioning_width)] * 10, "e.pt")
-    torch.save(torch.zeros(1, 8, 4, 4), "zt.pt")
+    torch.save(torch.ones(1, 8, 4, 4), "zt.pt")
     Image.new("RGB", (64, 64), "teal").save("face.png")
     words = ("key", "import-research", "e.pt", "zt.pt", "--photo", "face.png", "-o", "r.veilkey")
     with pytest.MonkeyPatch.context() as patch:

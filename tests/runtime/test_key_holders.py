@@ -213,6 +213,12 @@ def test_saving_for_ever_keeps_the_newest_pictures(result: Result) -> None:
     assert kept[-1] not in before.pictures
 
 
+def test_a_wiped_key_recovers_nothing(protector: Protector, result: Result) -> None:
+    key_of(result).wipe()
+    with pytest.raises(OptionError, match="wiped"):
+        protector.recover(result.image, key_of(result))
+
+
 # ---- compact
 
 

@@ -190,6 +190,8 @@ def test_a_key_can_be_wiped(key: RecoveryKey) -> None:
         for array in (face.tokens, face.latents, face.landmarks):
             assert not np.any(array)
             assert not array.flags.writeable
+    with pytest.raises(diffveil.OptionError, match="wiped"):
+        key.seal_bytes(recipients=[generate_identity()[0]])
 
 
 def test_comparisons_of_secrets_take_the_same_time(

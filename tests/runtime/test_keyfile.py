@@ -320,7 +320,7 @@ def test_another_age_file_is_not_a_key() -> None:
 
 
 def test_too_large_a_key_is_not_sealed(pair: tuple[str, str], key: RecoveryKey) -> None:
-    latents = np.zeros((2, 64, 128, 128), np.float32)  # 8 MiB
+    latents = np.ones((2, 64, 128, 128), np.float32)  # 8 MiB
     face = dataclasses.replace(key.faces[0], latents=latents)
     faces = tuple(dataclasses.replace(face, number=number) for number in range(8))
     with pytest.raises(KeyFileError, match="Protect fewer faces"):

@@ -98,7 +98,7 @@ def test_foreign_keys_are_refused(
         other.recover(result.image, key)
     with pytest.raises(KeyMismatchError, match="110x90 pixels, but 'photo' has 160x100"):
         protector.recover(group, key)
-    latents = np.zeros((2, 8, 5, 5), np.float32)
+    latents = np.ones((2, 8, 5, 5), np.float32)
     face = key.faces[0]
     shaped = replace(key, faces=(replace(face, latents=latents),))
     with pytest.raises(KeyMismatchError, match="shapes of bundle 'fake'"):
