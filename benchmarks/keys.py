@@ -2,9 +2,10 @@
 
     python -m benchmarks.keys PHOTOS [--bundle DIR] [--faces 40]
 
-PHOTOS is a folder of photos; every face that the detector finds counts. Prints two Markdown tables:
-the bytes of sealed files; and the loss of PSNR to the photo's own crop, against the autoencoder's
-round trip, by sampler and precision of key-I. No time is measured.
+PHOTOS is a folder of photos; every face that the detector finds counts. Prints the bytes of sealed
+files; how many copies and how many other photos `reencoded` lets pass; and the loss of PSNR to the
+photo's own crop, against the autoencoder's round trip, by sampler and precision of key-I. No time
+is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ from numpy.typing import NDArray
 from diffveil import FaceKey, Inversion, Picture, Protector, RecoveryKey, generate_identity
 from diffveil.cli.paths import find_photos
 from diffveil.keychecks import compact
+from diffveil.photos import encode_photo, load_photo
+from diffveil.pictures import looks_like_one_of, picture_of
 from diffveil.scenes import read_scenes, to_images
 
 _INVERSIONS = (
@@ -122,6 +125,22 @@ def sizes(protector: Protector) -> list[str]:
                 yield f"| {name} | {latents} | {dtype} | {cells} |"
 
 
+def alike(folder: Path) -> Iterator[str]:
+    """How many photos the coarse colours take for another one, and for themselves as JPEG."""
+    photos = [load_photo(found.path) for found in find_photos([str(folder)])[:100]]
+    pictures = [picture_of(photo) for photo in photos]
+    pairs = [
+        looks_like_one_of([picture], photo)
+        for i, picture in enumerate(pictures)
+        for photo in photos[i + 1 :]
+    ]
+    yield f"{sum(pairs)} of {len(pairs)} pairs of different photos look alike"
+    for quality in (90, 50, 20):
+        copies = [load_photo(encode_photo(photo, "a.jpg", quality=quality)) for photo in photos]
+        seen = [looks_like_one_of([p], c) for p, c in zip(pictures, copies, strict=True)]
+        yield f"{sum(seen)} of {len(seen)} look like themselves as JPEG of quality {quality}"
+
+
 def main(argv: list[str] | None = None) -> int:
     """Measure and print."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.keys", description=__doc__)
@@ -131,6 +150,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     with Protector.load(args.bundle, threads=1) as protector:
         for row in sizes(protector):
+            print(row, flush=True)
+        print()
+        for row in alike(args.photos):
             print(row, flush=True)
         print()
         for row in losses(protector, crops_of(protector, args.photos, args.faces)):

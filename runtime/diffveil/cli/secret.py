@@ -180,7 +180,7 @@ def ask_passphrase(*, sealing: bool) -> str:
             else ("--passphrase-file FILE or --identity FILE")
         )
         raise UsageError(f"no terminal to ask for the passphrase on: give {ways}")
-    passphrase = getpass.getpass("Passphrase: ")
+    passphrase = getpass.getpass("New passphrase: " if sealing else "Passphrase: ")
     if not passphrase:
         raise UsageError("the passphrase is empty")
     if sealing:
