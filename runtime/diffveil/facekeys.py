@@ -35,11 +35,11 @@ _Self = TypeVar("_Self", bound="Guarded")
 
 
 class Guarded:
-    """What every object that holds key material does and refuses to do."""
+    """What every object that holds key material or a secret does and refuses to do."""
 
     def __reduce_ex__(self, protocol: object) -> NoReturn:
         # TypeError is what Python's pickle protocol expects of an object that takes no part in it.
-        raise TypeError(f"a {type(self).__name__} is never pickled: seal it instead")
+        raise TypeError(f"a {type(self).__name__} is never pickled: seal keys instead")
 
     def __copy__(self: _Self) -> _Self:
         return self  # immutable; one copy of a secret is enough

@@ -18,6 +18,7 @@ from typing import Any
 
 from diffveil.agestreams import Sink, Source
 from diffveil.errors import BackendUnavailableError, KeyFileError, OptionError
+from diffveil.facekeys import Guarded
 from diffveil.privatefile import StrPath, read_file
 
 __all__ = [
@@ -68,7 +69,7 @@ def generate_identity() -> tuple[str, str]:
     return str(identity.to_public()), str(identity)
 
 
-class Secret:
+class Secret(Guarded):
     """What seals or opens a key file. It shows nothing, also where it is a local variable.
 
     `to_seal` and `to_open` make one and never fail, so that a caller can forget the original before
@@ -78,8 +79,6 @@ class Secret:
         del passphrase, identity
         secret.check()
     """
-
-    __slots__ = ("_identities", "_identity", "_passphrase", "_problem", "recipients")
 
     def __init__(
         self,
@@ -104,7 +103,7 @@ class Secret:
     ) -> Secret:
         """A passphrase or recipients, of which the same one given twice counts once."""
         problem: str | None = None
-        if isinstance(recipients, str):
+        if isinstance(recipients, str) or not all(isinstance(one, str) for one in recipients):
             problem = "recipients must be a sequence of age1… public keys, not one string."
             recipients = ()
         elif passphrase is not None and recipients:
@@ -203,6 +202,8 @@ def is_recipient(text: str) -> bool:
 
 def _passphrase_problem(passphrase: str, allow_weak: bool) -> str | None:
     """Why this is no passphrase or, unless allowed, a weak one: a floor, not a measure."""
+    if not isinstance(passphrase, str):
+        return "The passphrase must be text."
     if not passphrase.strip():
         return "The passphrase is empty."
     try:

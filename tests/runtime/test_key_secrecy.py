@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import pickle
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -68,6 +69,8 @@ def test_no_local_variable_of_a_traceback_holds_a_secret(
         lambda: key.seal_bytes(passphrase=PASSPHRASE, recipients=[recipient]),
         lambda: key.seal_bytes(passphrase=PASSPHRASE + "\0"),
         lambda: key.seal_bytes(passphrase=PASSPHRASE[:7]),
+        lambda: key.seal_bytes(passphrase=PASSPHRASE.encode()),  # type: ignore[arg-type]
+        lambda: key.seal_bytes(recipients=[identity.encode()]),  # type: ignore[list-item]
         lambda: key.seal(full, recipients=[recipient]),
         lambda: RecoveryKey.unseal(sealed[:-1], identity=identity),
         lambda: RecoveryKey.unseal(sealed[:50], identity=identity),
@@ -108,6 +111,9 @@ def test_secrets_do_not_print() -> None:
             assert "redacted" in text
             assert "zebra" not in text
             assert "SECRET-KEY" not in text
+    for thing in (secret, opening):
+        with pytest.raises(TypeError, match="never pickled"):
+            pickle.dumps(thing)
 
 
 @pytest.mark.parametrize("kind", ["passphrase", "recipient"])
