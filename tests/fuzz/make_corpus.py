@@ -58,6 +58,7 @@ def main() -> None:
     tensors = [torch.zeros(1, 2, 1), torch.ones(1, 2, 1)]
     seeds = {
         "payload": b"\0" + payload,
+        "header": b"\4" + payload[8 : 8 + int.from_bytes(payload[:8], "little")],
         "payload-two-faces": b"\0" + bytes(write_key(two)),
         "payload-expanded": b"\0" + bytes(write_key(expanded, [f"age1{'q' * 58}"])),
         "file-passphrase": b"\1" + age.seal_scrypt(payload, PASSPHRASE),

@@ -7,6 +7,7 @@ returns or raises an error that is documented for it; what it accepts must survi
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 from diffveil.errors import KeyFileError, OptionError
 from diffveil.keyfile import parse_header
@@ -23,6 +24,8 @@ IDENTITY = "AGE-SECRET-KEY-14XSDX2GYRT9YKFRNSWFTEQ7JX07TVUCNNVLJ7DHLPTTEC074XCTQ
 
 MAX_INPUT_BYTES = 8192
 _CHEAP_WORK = 4
+_PAYLOAD = (Path(__file__).parent / "corpus" / "payload").read_bytes()[1:]
+_BODY = _PAYLOAD[8 + int.from_bytes(_PAYLOAD[:8], "little") :]
 
 
 def fuzz_payload(data: bytes) -> None:
@@ -31,6 +34,11 @@ def fuzz_payload(data: bytes) -> None:
     again = RecoveryKey(**read_key(write_key(key, key.recipients)))
     assert again == key
     assert again.recipients == key.recipients
+
+
+def fuzz_header(data: bytes) -> None:
+    """The header of a payload alone, before the numbers of a sound one."""
+    fuzz_payload(len(data).to_bytes(8, "little") + data + _BODY)
 
 
 def fuzz_file(data: bytes) -> None:
@@ -63,6 +71,7 @@ TARGETS: tuple[Callable[[bytes], None], ...] = (
     fuzz_file,
     fuzz_tensors,
     fuzz_identity,
+    fuzz_header,
 )
 
 
