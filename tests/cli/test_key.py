@@ -122,6 +122,31 @@ def test_split_and_join_are_inverse(run: Any, me: Pair, result: Result) -> None:
     assert RecoveryKey.unseal("again.veilkey", identity=me[1]) == key_of(result)
 
 
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "other"])
+def test_a_damaged_key_is_status_5_and_nothing_is_written(run: Any, me: Pair, damage: str) -> None:
+    key = Path("group.veilkey")
+    content = key.read_bytes()
+    key.write_bytes(
+        {
+            "flip": content[:-1] + bytes([content[-1] ^ 1]),
+            "cut": content[:-20],
+            "empty": b"",
+            "other": Path("group.png").read_bytes(),
+        }[damage]
+    )
+    before = {path.name: path.read_bytes() for path in Path().iterdir()}
+    by_me = ("--identity", "me")
+    for words in (
+        ("show", key, *by_me),
+        ("reseal", key, *by_me, "--add", me[0]),
+        ("reseal", key, *by_me, "--to", me[0], "-o", "new.veilkey"),
+        ("split", key, *by_me, "-o", "keys", "--to", me[0]),
+        ("join", key, key, *by_me, "-o", "new.veilkey", "--to", me[0]),
+    ):
+        assert run("key", *words) == 5
+        assert {path.name: path.read_bytes() for path in Path().iterdir()} == before
+
+
 @pytest.fixture
 def recovered(protector: Protector, monkeypatch: pytest.MonkeyPatch) -> None:
     """`diffveil recover` on the fake programs."""
