@@ -19,6 +19,8 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 FOLDER = Path(__file__).parent
 CORPUS = FOLDER / "corpus"
@@ -86,19 +88,64 @@ def by_mutation(seconds: float) -> int:
     raise AssertionError("mutations never end")
 
 
-def by_coverage(seconds: int, folder: str, *, merge: bool = False) -> None:
+def lines_of(data: bytes) -> set[tuple[str, int, int]]:
+    """Jumps between the library's lines that an input makes: file, line, line before."""
+    from targets import run_one
+
+    jumps: set[tuple[str, int, int]] = set()
+
+    def trace(frame: FrameType, event: str, _: Any) -> Any:
+        name = frame.f_code.co_filename
+        if "diffveil" not in name:
+            return None
+        before = frame.f_lineno
+
+        def line(frame: FrameType, event: str, _: Any) -> Any:
+            nonlocal before
+            jumps.add((name, frame.f_lineno, before))
+            before = frame.f_lineno
+            return line
+
+        return line
+
+    sys.settrace(trace)
+    try:
+        run_one(data)
+    finally:
+        sys.settrace(None)
+    return jumps
+
+
+def merge(folder: Path) -> int:
+    """Add to the corpus what reaches something new, the smallest first; return how many."""
+    known: set[tuple[str, int, int]] = set()
+    for data in seeds():
+        known |= lines_of(data)
+    added = 0
+    for data in sorted((file.read_bytes() for file in folder.iterdir()), key=len):
+        jumps = lines_of(data)
+        if not jumps <= known:
+            known |= jumps
+            (CORPUS / f"found-{hashlib.sha256(data).hexdigest()[:16]}").write_bytes(data)
+            added += 1
+    return added
+
+
+def by_coverage(seconds: int, folder: str) -> None:
     """Hand over to atheris, which ends the process."""
     import atheris
 
     with atheris.instrument_imports(include=["diffveil", "targets"]):
         from targets import MAX_INPUT_BYTES, run_one
 
-    options = [f"-max_len={MAX_INPUT_BYTES}", "-timeout=10", "-rss_limit_mb=1024"]
-    if merge:
-        folders = ["-merge=1", str(CORPUS), folder]
-    else:
-        folders = [f"-max_total_time={seconds}", "-print_final_stats=1", folder, str(CORPUS)]
-    atheris.Setup([sys.argv[0], *options, *folders], run_one)
+    options = [
+        f"-max_total_time={seconds}",
+        f"-max_len={MAX_INPUT_BYTES}",
+        "-timeout=10",
+        "-rss_limit_mb=1024",
+        "-print_final_stats=1",
+    ]
+    atheris.Setup([sys.argv[0], *options, folder, str(CORPUS)], run_one)
     atheris.Fuzz()
 
 
@@ -112,9 +159,12 @@ def main() -> None:
     args = parser.parse_args()
     folder = args.corpus or tempfile.mkdtemp(prefix="fuzz-corpus-")
     Path(folder).mkdir(parents=True, exist_ok=True)
+    if args.merge:
+        print(f"{merge(Path(folder))} inputs added")
+        return
     if not args.without_atheris:
         try:
-            by_coverage(args.seconds, folder, merge=args.merge)
+            by_coverage(args.seconds, folder)
         except ImportError:
             print("atheris is not installed: mutating without coverage", file=sys.stderr)
     print(f"{by_mutation(args.seconds)} inputs, none broke a reader")
