@@ -7,6 +7,7 @@
 #   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
 #                   QUALITY_ARGS for benchmarks/quality.py's own options
 #   make curves     protection against milliseconds of every sampler and guidance: QUALITY_DATA=folder
+#   make fuzz       FUZZ_SECONDS=60 of hostile key files; new inputs go to FUZZ_CORPUS
 #   make lint       ruff and mypy alone
 #   make format     rewrite the tree as `make lint` wants it
 #   make clean      remove .venv and everything generated
@@ -28,6 +29,8 @@ QUALITY_ARGS ?=
 QUALITY_RECOGNIZERS ?=
 QUALITY_INDEPENDENT ?=
 QUALITY_OUTPUT ?= quality
+FUZZ_SECONDS ?= 60
+FUZZ_CORPUS ?= fuzz-corpus
 CURVES_ARGS ?=
 CURVES_OUTPUT ?= curves
 DEMO_OUTPUT ?= demo-output
@@ -38,7 +41,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow quality curves lint format clean
+.PHONY: help demo test test-slow fuzz quality curves lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -73,6 +76,14 @@ test: lint
 test-slow: $(VENV)/stamp-dev
 	$(BIN)/python -m pytest -m slow -s
 
+# By coverage where there is a wheel of atheris, else by plain mutation.
+$(VENV)/stamp-fuzz: $(VENV)/stamp-dev
+	@$(PIP) "atheris>=2.3" || echo "atheris is not to be had for this Python: inputs are mutated without coverage"
+	@touch $@
+
+fuzz: $(VENV)/stamp-fuzz
+	$(BIN)/python tests/fuzz/fuzz_keys.py --seconds $(FUZZ_SECONDS) --corpus "$(FUZZ_CORPUS)"
+
 $(VENV)/stamp-quality: $(VENV)/stamp-dev
 	@$(PIP) "scikit-image>=0.22" "matplotlib>=3.8"
 	@touch $@
@@ -92,5 +103,5 @@ format: $(VENV)/stamp-dev
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist demo-output .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) build dist demo-output fuzz-corpus .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +

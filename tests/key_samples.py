@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from diffveil.keys import FaceKey, RecoveryKey
+from diffveil.keys import FaceKey, Picture, RecoveryKey
 
 
 def make_face(rng: np.random.Generator, **changes: Any) -> FaceKey:
@@ -21,14 +21,19 @@ def make_face(rng: np.random.Generator, **changes: Any) -> FaceKey:
     return FaceKey(**{**fields, **changes})
 
 
+def make_picture(rng: np.random.Generator) -> Picture:
+    return Picture(rng.bytes(32), rng.bytes(192))
+
+
 def make_key(rng: np.random.Generator, **changes: Any) -> RecoveryKey:
     """A key of two such faces; `changes` replace fields."""
     fields: dict[str, Any] = {
-        "faces": (make_face(rng), make_face(rng)),
+        "faces": (make_face(rng), make_face(rng, number=1)),
         "bundle": rng.bytes(32).hex(),
         "sampler": "o-belm",
         "steps": 8,
         "photo_size": (480, 640),
+        "pictures": (make_picture(rng),),
         "backend": "onnxruntime-cpu",
         "precision": "float32",
     }

@@ -54,7 +54,7 @@ def test_readme_command_lines_parse() -> None:
         build_parser(line.split()).parse_args(line.split())
 
 
-@pytest.mark.parametrize("command", ["anonymize", "hide", "recover", "export", "verify"])
+@pytest.mark.parametrize("command", ["anonymize", "hide", "recover", "key", "export", "verify"])
 def test_help_teaches_by_examples_that_parse(command: str) -> None:
     epilog = commands()[command].epilog
     assert epilog is not None

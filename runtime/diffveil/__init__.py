@@ -28,12 +28,14 @@ from diffveil.errors import (
     WrongSecretError,
 )
 from diffveil.faces import Face, FaceDetector
-from diffveil.keys import FaceKey, RecoveryKey, generate_identity, inspect_keyfile
+from diffveil.keyaccess import reseal
+from diffveil.keys import FaceKey, Picture, RecoveryKey, generate_identity, inspect_keyfile
 from diffveil.noise import NoiseKey
 from diffveil.photos import Photo, load_photo, save_photo
 from diffveil.plans import Guidance, Inversion, Plan, Preset
 from diffveil.presets import PRESETS, preset
 from diffveil.protector import Protector
+from diffveil.research import import_research_key
 from diffveil.result import FaceEmbeddings, Result
 
 __all__ = [
@@ -58,6 +60,7 @@ __all__ = [
     "OptionError",
     "Photo",
     "PhotoError",
+    "Picture",
     "Plan",
     "Preset",
     "Protector",
@@ -66,8 +69,10 @@ __all__ = [
     "WrongSecretError",
     "__version__",
     "generate_identity",
+    "import_research_key",
     "inspect_keyfile",
     "load_photo",
     "preset",
+    "reseal",
     "save_photo",
 ]

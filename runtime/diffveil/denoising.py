@@ -23,7 +23,7 @@ class Denoiser:
 
     Args:
         programs: Programs of the bundle.
-        tokens: Stage tokens, float32 [N, 10, D].
+        tokens: Stage tokens, float32 [N, 10, D]; or what they expand to, [N, 10, T, W].
         timesteps: All timesteps that the run will ask for.
         conditional_above: The photo's own conditioning holds at timesteps above this, the
             unconditional one at the others; -1: the photo's own everywhere.
@@ -52,10 +52,11 @@ class Denoiser:
         self._stages: dict[int, NDArray[np.float32]] = {}
         stages = sorted({self._stage(t) for t in timesteps if t > conditional_above})
         if stages:
-            wanted = np.ascontiguousarray(tokens[:, stages])
-            flat = wanted.reshape(-1, wanted.shape[-1])
-            expanded = in_chunks(programs.expand, max_batch, tokens=flat)
-            expanded = expanded.reshape(len(tokens), len(stages), *expanded.shape[1:])
+            expanded = np.ascontiguousarray(tokens[:, stages])
+            if expanded.ndim == 3:
+                flat = expanded.reshape(-1, expanded.shape[-1])
+                expanded = in_chunks(programs.expand, max_batch, tokens=flat)
+                expanded = expanded.reshape(len(tokens), len(stages), *expanded.shape[1:])
             for index, stage in enumerate(stages):
                 self._stages[stage] = expanded[:, index]
 

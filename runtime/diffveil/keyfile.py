@@ -2,8 +2,9 @@
 
 age does the cryptography. What is added here is what a service needs around it: limits that are
 checked before any work is spent on a file that a stranger may have sent, and one error class a
-cause. No function here keeps, logs or quotes a secret. Python cannot wipe strings, so a passphrase
-lives until the interpreter drops it: hold it no longer than needed.
+cause. No function here keeps, logs or quotes a secret. Plaintexts are wiped after use; Python
+cannot wipe strings, so a passphrase lives until the interpreter drops it: hold it no longer than
+needed.
 
 Source: the age file format, version 1, https://c2sp.org/age.
 """
@@ -12,17 +13,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from diffveil.errors import KeyFileError, OptionError, WrongSecretError
-from diffveil.keysecrets import (
-    MAX_RECIPIENTS,
-    check_passphrase,
-    load_pyrage,
-    parse_identities,
-    parse_recipients,
-)
+from diffveil.errors import KeyFileError, WrongSecretError
+from diffveil.keysecrets import MAX_RECIPIENTS, Secret, load_pyrage
 from diffveil.privatefile import StrPath, read_file
 
 __all__ = [
@@ -147,73 +142,47 @@ def _split_stanzas(lines: Sequence[str]) -> list[tuple[str, str, str]]:
     return stanzas
 
 
-def seal_payload(
-    payload: bytes,
-    *,
-    passphrase: str | None,
-    recipients: Sequence[str],
-    allow_weak_passphrase: bool = False,
-) -> bytes:
-    """Encrypt a payload to a passphrase or to recipients.
+def seal_payload(payload: bytearray, secret: Secret) -> bytes:
+    """Encrypt a payload.
 
     Args:
         payload: plaintext bytes.
-        passphrase: text; stretching it takes one to two seconds and up to 1 GiB of memory.
-        recipients: public keys, `age1…`.
-        allow_weak_passphrase: accept a passphrase that the rule refuses; never an empty one.
+        secret: a passphrase (stretching it takes one to two seconds and up to 1 GiB of memory) or
+            recipients.
 
     Raises:
-        OptionError: not exactly one of the two is given, or it is not acceptable.
         KeyFileError: the sealed file would be larger than is ever read.
         BackendUnavailableError: `pyrage` is not installed.
     """
-    if isinstance(recipients, str):
-        raise OptionError("recipients must be a sequence of age1… public keys, not one string.")
-    if passphrase is not None and recipients:
-        raise OptionError("Seal to a passphrase or to recipients, not to both.")
-    if passphrase is None and not recipients:
-        raise OptionError("Nothing to seal to: give a passphrase or at least one recipient.")
     if len(payload) > _MAX_PAYLOAD_BYTES:
         raise KeyFileError(
             f"The recovery key takes {len(payload)} bytes; a key file holds at most "
             f"{_MAX_PAYLOAD_BYTES}. Protect fewer faces at once."
         )
-    pyrage = load_pyrage()
-    if passphrase is None:
-        return bytes(pyrage.encrypt(payload, parse_recipients(recipients)))
-    check_passphrase(passphrase, allow_weak=allow_weak_passphrase)
-    return bytes(pyrage.passphrase.encrypt(payload, passphrase))
+    return secret.encrypt(payload)
 
 
 def open_sealed(
-    data: bytes,
-    *,
-    passphrase: str | None,
-    identity: StrPath | None,
-    max_work_factor: int = MAX_WORK_FACTOR,
-) -> bytes:
-    """Decrypt an age file and return its plaintext.
+    data: bytes, secret: Secret, *, max_work_factor: int = MAX_WORK_FACTOR
+) -> bytearray:
+    """Decrypt an age file and return its plaintext, in memory that the caller can wipe.
 
     Args:
         data: the whole file.
-        passphrase: text, exactly as it was given when sealing.
-        identity: `AGE-SECRET-KEY-1…` text, or the path of a file that holds such lines.
+        secret: a passphrase, exactly as it was given when sealing, or an identity.
         max_work_factor: largest accepted log2 of scrypt's cost.
 
     Raises:
-        OptionError: not exactly one secret is given, or it is not one.
+        OptionError: the identity is none.
         WrongSecretError: the secret does not open this file.
         KeyFileError: the file is damaged, too large, or asks for more work than is accepted.
         BackendUnavailableError: `pyrage` is not installed.
     """
-    if passphrase is not None and identity is not None:
-        raise OptionError("Give a passphrase or an identity to open a key file, not both.")
     if len(data) > MAX_FILE_BYTES:
         raise KeyFileError(f"The key file is larger than {MAX_FILE_BYTES} bytes.")
     header = parse_header(data)
     factor = header.work_factor
-    if passphrase is not None:
-        check_passphrase(passphrase, allow_weak=True)
+    if secret.is_passphrase:
         if factor is None:
             raise WrongSecretError("The key file is sealed to recipients: open it by an identity.")
         if factor > max_work_factor:
@@ -221,22 +190,19 @@ def open_sealed(
                 f"The key file asks for scrypt work factor {factor}, at most {max_work_factor} is "
                 "accepted: time and memory double with each. If you trust it, pass a higher limit."
             )
-        pyrage = load_pyrage()
-        return _decrypt(lambda: pyrage.passphrase.decrypt(data, passphrase), "passphrase")
-    if identity is not None:
-        identities = parse_identities(identity)
+    else:
+        secret.read_identities()
         if factor is not None:
             raise WrongSecretError("The key file is sealed to a passphrase: no identity opens it.")
-        return _decrypt(lambda: load_pyrage().decrypt(data, identities), "identity")
-    raise OptionError("Give a passphrase or an identity to open a key file.")
+    return _decrypt(data, secret, header.payload_bytes)
 
 
-def _decrypt(attempt: Callable[[], bytes], secret: str) -> bytes:
+def _decrypt(data: bytes, secret: Secret, payload_bytes: int) -> bytearray:
     """Run a decryption; tell a wrong secret from a damaged file."""
     pyrage = load_pyrage()
     try:
-        return bytes(attempt())
-    except pyrage.DecryptError as error:
+        return secret.decrypt(data, payload_bytes)
+    except (pyrage.DecryptError, OSError) as error:  # OSError: damage behind the header
         text = str(error)
     except BaseException as error:
         # A Rust panic is no `Exception`: hostile input must not get past a caller's handlers.
@@ -244,8 +210,9 @@ def _decrypt(attempt: Callable[[], bytes], secret: str) -> bytes:
             raise
         text = ""
     if text.startswith(_WRONG_SECRET):
+        kind = "passphrase" if secret.is_passphrase else "identity"
         raise WrongSecretError(
-            f"The {secret} does not open this key file: it belongs to another one, or the file's "
+            f"The {kind} does not open this key file: it belongs to another one, or the file's "
             "header was altered."
         )
     if text.startswith(_EXCESSIVE_WORK):

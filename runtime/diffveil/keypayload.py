@@ -23,7 +23,7 @@ from diffveil.errors import KeyFileError
 
 __all__ = ["MAX_HEADER_BYTES", "TensorSpec", "pack", "read_metadata", "unpack"]
 
-MAX_HEADER_BYTES = 8192  # the header of five tensors and nine short fields takes under 1 KiB
+MAX_HEADER_BYTES = 16384  # 1 KiB, and a public key's 63 bytes for each of 128 recipients
 _MAX_DIMENSION = 1 << 20
 
 # Little-endian, widest first: written in this order, every tensor is aligned to its item size.
@@ -31,6 +31,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
     "F16": np.dtype("<f2"),
+    "U16": np.dtype("<u2"),
+    "U8": np.dtype("u1"),
 }
 
 
@@ -40,27 +42,28 @@ class TensorSpec:
 
     Attributes:
         dtypes: the safetensors dtype names that are accepted.
-        rank: the number of axes.
+        ranks: the numbers of axes that are accepted.
     """
 
     dtypes: tuple[str, ...]
-    rank: int
+    ranks: tuple[int, ...]
 
 
-def pack(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytes:
+def pack(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -> bytearray:
     """Write tensors as safetensors bytes; equal input always gives equal bytes.
 
     Args:
-        tensors: arrays of float64, float32 or float16, any shape, by name.
+        tensors: arrays of float64, float32, float16, uint16 or uint8, any shape, by name.
         metadata: text fields, stored under `__metadata__`.
+
+    Returns:
+        The bytes, in memory that the caller can wipe.
     """
     names = {dtype: name for name, dtype in _DTYPES.items()}
-    order = list(_DTYPES)
     entries: list[tuple[int, str, str, npt.NDArray[Any]]] = []
     for name, array in tensors.items():
         little = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
-        dtype = names[little.dtype]
-        entries.append((order.index(dtype), name, dtype, little))
+        entries.append((-little.itemsize, name, names[little.dtype], little))
     entries.sort(key=lambda entry: entry[:2])
 
     header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
@@ -71,11 +74,19 @@ def pack(tensors: Mapping[str, npt.NDArray[Any]], metadata: Mapping[str, str]) -
         position = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=True).encode("ascii")
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(e[3].tobytes() for e in entries)])
+    data = bytearray(8 + len(text) + position)
+    data[: 8 + len(text)] = len(text).to_bytes(8, "little") + text
+    end = 8 + len(text)
+    for *_, array in entries:
+        # Through a view: `tobytes` would leave a copy that nobody can wipe.
+        target = np.frombuffer(data, array.dtype, array.size, end).reshape(array.shape)
+        np.copyto(target, array)
+        end += array.nbytes
+    return data
 
 
 def unpack(
-    data: bytes, expected: Mapping[str, TensorSpec], fields: frozenset[str]
+    data: bytes | bytearray, expected: Mapping[str, TensorSpec], fields: frozenset[str]
 ) -> tuple[dict[str, npt.NDArray[Any]], dict[str, str]]:
     """Read safetensors bytes that hold exactly the expected tensors and metadata fields.
 
@@ -116,7 +127,7 @@ def unpack(
     return tensors, metadata
 
 
-def read_metadata(data: bytes) -> dict[str, str]:
+def read_metadata(data: bytes | bytearray) -> dict[str, str]:
     """Return the metadata fields alone, whatever they are: enough to see the format and version.
 
     Raises:
@@ -138,7 +149,7 @@ def _refuse(reason: str) -> NoReturn:
     raise KeyFileError(f"The key file's payload is not a recovery key: {reason}.")
 
 
-def _split(data: bytes) -> tuple[dict[str, Any], memoryview]:
+def _split(data: bytes | bytearray) -> tuple[dict[str, Any], memoryview]:
     """Parse the JSON header; return it with the bytes that follow."""
     view = memoryview(data)
     if len(view) < 8:
@@ -181,8 +192,8 @@ def _entry(
     if not isinstance(entry["dtype"], str) or entry["dtype"] not in spec.dtypes:
         _refuse(f"tensor {name} must be {' or '.join(spec.dtypes)}")
     shape, offsets = entry["shape"], entry["data_offsets"]
-    if not _integers(shape) or len(shape) != spec.rank:
-        _refuse(f"tensor {name} must have {spec.rank} axes")
+    if not _integers(shape) or len(shape) not in spec.ranks:
+        _refuse(f"tensor {name} must have {' or '.join(map(str, spec.ranks))} axes")
     if not all(1 <= size <= _MAX_DIMENSION for size in shape):
         _refuse(f"tensor {name} has an axis that is empty or longer than {_MAX_DIMENSION}")
     if not _integers(offsets) or len(offsets) != 2:

@@ -1,26 +1,26 @@
-"""Recovery keys: what brings a protected face back, and how it is kept.
+"""Recovery keys: what brings protected faces back, and how it is kept.
 
-A *recovery key* is an encoding of the face itself (the published method's key-E and key-I), so it
-is as sensitive as the photo. It leaves memory only sealed: `RecoveryKey.seal` writes a standard age
-file to a passphrase or to recipients' public keys, and `RecoveryKey.unseal` reads it back. The
+A *recovery key* is an encoding of the faces themselves (the published method's key-E and key-I), so
+it is as sensitive as the photo. It leaves memory only sealed: `RecoveryKey.seal` writes a standard
+age file to a passphrase or to recipients' public keys, and `RecoveryKey.unseal` reads it back. The
 *secret* (passphrase or identity) is never part of it.
 
-Keys do not print, pickle or hash, and they compare in constant time.
+A key of a group can be taken apart, so that each face has a file and a holder of its own:
+`RecoveryKey.split`, `select` and `join`.
 """
 
 from __future__ import annotations
 
 import hmac
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, NoReturn, TypeVar
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import TracebackType
 
-import numpy as np
-import numpy.typing as npt
-
-from diffveil.errors import KeyFileError, OptionError
-from diffveil.keychecks import check_array, check_codes, check_geometry, to_codes, to_float64
+from diffveil.errors import KeyFileError, KeyMismatchError, OptionError
+from diffveil.facekeys import FaceKey, Guarded, Picture, refuse
+from diffveil.keychecks import MAX_FACES
 from diffveil.keyfile import (
     MAX_FILE_BYTES,
     MAX_WORK_FACTOR,
@@ -28,144 +28,54 @@ from diffveil.keyfile import (
     open_sealed,
     seal_payload,
 )
-from diffveil.keypayload import TensorSpec, pack, read_metadata, unpack
-from diffveil.keysecrets import generate_identity
+from diffveil.keyschema import KEY_VERSION, read_key, write_key
+from diffveil.keysecrets import (
+    MAX_RECIPIENTS,
+    Secret,
+    generate_identity,
+    is_recipient,
+)
 from diffveil.privatefile import StrPath, read_file, write_private
 
 __all__ = [
     "KEY_VERSION",
     "LATENTS_OF_SAMPLER",
+    "MAX_PICTURES",
     "FaceKey",
+    "Picture",
     "RecoveryKey",
     "generate_identity",
     "inspect_keyfile",
 ]
 
-KEY_VERSION = 1
 # How many latents a sampler leaves behind: O-BELM is a two-step method, so its state is two.
 LATENTS_OF_SAMPLER = {"ddim": 1, "o-belm": 2, "bdia": 2}
+MAX_PICTURES = 256
 
-_FORMAT = "diffveil-recovery-key"
-_STAGES = 10
-_MAX_FACES = 1024
 _MAX_STEPS = 1000
 _MAX_SIDE = 1_000_000  # pixels
 _NAME = re.compile(r"[a-z0-9][a-z0-9._+-]{0,31}")
 _FINGERPRINT = re.compile(r"[0-9a-f]{32,128}")
-_NUMBER = re.compile(r"[1-9][0-9]{0,6}")
-
-# One row a face in each, so that five tensors hold any number of faces.
-_TENSORS = {
-    "boxes": TensorSpec(("F64",), 2),
-    "landmarks": TensorSpec(("F64",), 3),
-    "latents": TensorSpec(("F16", "F32"), 5),
-    "matrices": TensorSpec(("F64",), 3),
-    "tokens": TensorSpec(("F16", "F32"), 3),
-}
-_TEXTS = ("backend", "bundle", "format", "precision", "sampler")
-_NUMBERS = ("photo_height", "photo_width", "steps", "version")
-
-_Self = TypeVar("_Self", bound="_Guarded")
-
-
-class _Guarded:
-    """What every object that holds key material does and refuses to do."""
-
-    def __reduce_ex__(self, protocol: object) -> NoReturn:
-        # TypeError is what Python's pickle protocol expects of an object that takes no part in it.
-        raise TypeError(f"a {type(self).__name__} is never pickled: seal it instead")
-
-    def __copy__(self: _Self) -> _Self:
-        return self  # immutable; one copy of a secret is enough
-
-    def __deepcopy__(self: _Self, memo: object) -> _Self:
-        return self
+# What keys of one photo have in common.
+_SHARED = ("bundle", "sampler", "steps", "photo_size", "backend", "precision")
 
 
 @dataclass(frozen=True, repr=False, eq=False)
-class FaceKey(_Guarded):
-    """What recovers one face. Arrays are copied on construction and read-only from then on.
+class RecoveryKey(Guarded):
+    """What recovers protected faces of one photo. As a context manager it is wiped at the end.
 
     Attributes:
-        tokens: key-E, [10, D] float16 or float32, one row a stage.
-        latents: key-I, [K, C, s, s] float32 or float16, the noisiest first; K is 1 for DDIM, 2 for
-            O-BELM.
-        matrix: [2, 3] float64, takes photo pixels (x, y, 1) to crop pixels (x, y).
-        box: x0, y0, x1, y1 in photo pixels.
-        landmarks: [5, 2] float64, (x, y) in photo pixels: eyes, nose, corners of the mouth; the
-            image's left one first.
-
-    Raises:
-        OptionError: a shape, dtype or value is not acceptable; the message lists all of them.
-    """
-
-    tokens: npt.NDArray[np.floating]
-    latents: npt.NDArray[np.floating]
-    matrix: npt.NDArray[np.float64]
-    box: tuple[float, float, float, float]
-    landmarks: npt.NDArray[np.float64]
-
-    def __post_init__(self) -> None:
-        tokens, latents = to_codes(self.tokens), to_codes(self.latents)
-        matrix, box, landmarks = map(to_float64, (self.matrix, self.box, self.landmarks))
-        problems = [
-            *check_array("tokens", tokens, (_STAGES, None)),
-            *check_array("latents", latents, (None, None, None, None)),
-            *check_array("matrix", matrix, (2, 3)),
-            *check_array("box", box, (4,)),
-            *check_array("landmarks", landmarks, (5, 2)),
-        ]
-        if problems:
-            _refuse("FaceKey", problems)
-        assert tokens is not None
-        assert latents is not None
-        assert matrix is not None
-        assert box is not None
-        assert landmarks is not None
-        problems = check_codes(tokens.shape, latents.shape)
-        problems += check_geometry(matrix, box, landmarks)
-        if problems:
-            _refuse("FaceKey", problems)
-        for array in (tokens, latents, matrix, landmarks):
-            array.setflags(write=False)
-        object.__setattr__(self, "tokens", tokens)
-        object.__setattr__(self, "latents", latents)
-        object.__setattr__(self, "matrix", matrix)
-        object.__setattr__(self, "box", tuple(box.tolist()))
-        object.__setattr__(self, "landmarks", landmarks)
-
-    def __repr__(self) -> str:
-        return "FaceKey(<redacted>)"
-
-    def __eq__(self, other: object) -> bool:
-        if not isinstance(other, FaceKey):
-            return NotImplemented
-        return self._layout() == other._layout() and hmac.compare_digest(
-            b"".join(self._parts()), b"".join(other._parts())
-        )
-
-    def _layout(self) -> tuple[object, ...]:
-        """What all faces of one key have in common."""
-        return self.tokens.shape, self.tokens.dtype, self.latents.shape, self.latents.dtype
-
-    def _parts(self) -> Iterator[bytes]:
-        for array in (self.tokens, self.latents, self.matrix, np.array(self.box), self.landmarks):
-            yield array.tobytes()
-
-
-@dataclass(frozen=True, repr=False, eq=False)
-class RecoveryKey(_Guarded):
-    """What recovers all protected faces of one photo.
-
-    Attributes:
-        faces: one key a face, in the order of the result's faces.
+        faces: one key a face: those of the photo's faces that this key recovers.
         bundle: fingerprint of the bundle that made the key, lower-case hexadecimal.
         sampler: the sampler that inverted the faces, "o-belm", "bdia" or "ddim".
         steps: its number of steps.
         photo_size: height and width of the photo, in pixels.
+        pictures: the protected pictures that the key belongs to: the variants, and what became of
+            them in files.
         backend: name of the backend that made the key.
         precision: arithmetic of that backend, such as "float32".
-        version: of the payload's schema.
+        recipients: after `unseal`, the public keys that the file says it is sealed to. Not part of
+            the key: equality ignores it, and sealing writes its own.
 
     Raises:
         OptionError: a field is not acceptable; the message lists all that are not.
@@ -176,22 +86,28 @@ class RecoveryKey(_Guarded):
     sampler: str
     steps: int
     photo_size: tuple[int, int]
+    pictures: tuple[Picture, ...]
     backend: str
     precision: str
-    version: int = KEY_VERSION
+    recipients: tuple[str, ...] = field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         faces: tuple[FaceKey, ...] = tuple(self.faces)
         size: tuple[int, ...] = tuple(self.photo_size)
+        pictures = tuple(dict.fromkeys(self.pictures))
         problems = []
-        if not 1 <= len(faces) <= _MAX_FACES:
-            problems.append(f"faces must number 1 to {_MAX_FACES}, not {len(faces)}")
-        elif len({face._layout() for face in faces}) != 1:
+        if not 1 <= len(faces) <= MAX_FACES:
+            problems.append(f"faces must number 1 to {MAX_FACES}, not {len(faces)}")
+        elif len({face.layout() for face in faces}) != 1:
             problems.append("tokens and latents of all faces must have the same shapes and dtypes")
+        elif len({face.number for face in faces}) != len(faces):
+            problems.append("faces must have different numbers")
         elif self.sampler in LATENTS_OF_SAMPLER:
             wanted, received = LATENTS_OF_SAMPLER[self.sampler], faces[0].latents.shape[0]
             if wanted != received:
                 problems.append(f"{self.sampler} leaves {wanted} latents a face, not {received}")
+        if not 1 <= len(pictures) <= MAX_PICTURES:
+            problems.append(f"pictures must number 1 to {MAX_PICTURES}, not {len(pictures)}")
         if not _FINGERPRINT.fullmatch(self.bundle):
             problems.append("bundle must be a fingerprint of 32 to 128 hexadecimal digits")
         if self.sampler not in LATENTS_OF_SAMPLER:
@@ -203,21 +119,100 @@ class RecoveryKey(_Guarded):
         for name, value in (("backend", self.backend), ("precision", self.precision)):
             if not _NAME.fullmatch(value):
                 problems.append(f"{name} must be 1 to 32 of a-z, 0-9, '.', '_', '+', '-'")
-        if self.version != KEY_VERSION:
-            problems.append(f"version must be {KEY_VERSION}")
+        if len(self.recipients) > MAX_RECIPIENTS or not all(map(is_recipient, self.recipients)):
+            problems.append(f"recipients must be at most {MAX_RECIPIENTS} age1… public keys")
         if problems:
-            _refuse("RecoveryKey", problems)
+            refuse("RecoveryKey", problems)
         object.__setattr__(self, "faces", faces)
         object.__setattr__(self, "steps", int(self.steps))
         object.__setattr__(self, "photo_size", tuple(int(side) for side in size))
+        object.__setattr__(self, "pictures", pictures)
 
     def __repr__(self) -> str:
-        return f"RecoveryKey(<redacted>, faces={len(self.faces)}, version={self.version})"
+        return f"RecoveryKey(<redacted>, faces={len(self.faces)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, RecoveryKey):
             return NotImplemented
-        return hmac.compare_digest(_encode(self), _encode(other))
+        with _wiped(write_key(self)) as ours, _wiped(write_key(other)) as theirs:
+            return hmac.compare_digest(ours, theirs)
+
+    def __enter__(self) -> RecoveryKey:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.wipe()
+
+    def wipe(self) -> None:
+        """Overwrite the faces with zeros, here and in every key that shares them by `select`."""
+        for face in self.faces:
+            face.wipe()
+
+    def require_faces(self) -> None:
+        """Make sure that no face was wiped.
+
+        Raises:
+            OptionError: one was: sealing or recovering nothing would look like success.
+        """
+        if any(face.is_wiped for face in self.faces):
+            raise OptionError("The recovery key was wiped: unseal it again.")
+
+    def select(self, numbers: Iterable[int]) -> RecoveryKey:
+        """The key of some of the faces, which share their memory with this one.
+
+        Args:
+            numbers: which faces, as in `FaceKey.number`: their places in the result's faces.
+
+        Raises:
+            OptionError: there is no such face here, or none is asked for.
+        """
+        mine = {face.number: face for face in self.faces}
+        wanted = list(dict.fromkeys(numbers))
+        unknown = [number for number in wanted if number not in mine]
+        if unknown or not wanted:
+            raise OptionError(
+                f"The key holds the faces {', '.join(map(str, sorted(mine)))}; "
+                f"asked for {', '.join(map(str, unknown)) or 'none'}."
+            )
+        return replace(self, faces=tuple(mine[number] for number in wanted))
+
+    def split(self) -> tuple[RecoveryKey, ...]:
+        """A key for each face, in the order of `faces`: seal each to its own holder."""
+        return tuple(self.select([face.number]) for face in self.faces)
+
+    @staticmethod
+    def join(keys: Sequence[RecoveryKey]) -> RecoveryKey:
+        """The key of all faces that several keys of one photo hold: the reverse of `split`.
+
+        Raises:
+            OptionError: no key is given.
+            KeyMismatchError: the keys belong to different photos, or tell different things of one
+                face.
+        """
+        if not keys:
+            raise OptionError("There is no key to join.")
+        first, pictures = keys[0], set(keys[0].pictures)
+        faces: dict[int, FaceKey] = {}
+        for place, key in enumerate(keys, start=1):
+            differs = [name for name in _SHARED if getattr(key, name) != getattr(first, name)]
+            if not differs and pictures.isdisjoint(key.pictures):
+                differs = ["picture"]
+            if differs:
+                raise KeyMismatchError(
+                    f"key {place} does not belong to the photo of key 1: another "
+                    f"{', '.join(differs)}"
+                )
+            for face in key.faces:
+                if faces.setdefault(face.number, face) != face:
+                    raise KeyMismatchError(f"key {place} holds another face {face.number}")
+        joined = dict.fromkeys(picture for key in keys for picture in key.pictures)
+        ordered = tuple(faces[number] for number in sorted(faces))
+        return replace(first, faces=ordered, pictures=tuple(joined), recipients=())
 
     def seal_bytes(
         self,
@@ -230,19 +225,17 @@ class RecoveryKey(_Guarded):
 
         Args:
             passphrase: text of 8 characters or more; stretching it takes one to two seconds.
-            recipients: age public keys (`age1…`); the identity of any one of them opens the key.
+            recipients: age public keys (`age1…`); the identity of any one of them opens the key,
+                and sees the list.
             allow_weak_passphrase: accept a passphrase that the rule refuses; never an empty one.
 
         Raises:
             OptionError: not exactly one of the two is given, or it is not acceptable.
             KeyFileError: the key is larger than a key file may be.
         """
-        return seal_payload(
-            _encode(self),
-            passphrase=passphrase,
-            recipients=recipients,
-            allow_weak_passphrase=allow_weak_passphrase,
-        )
+        secret = Secret.to_seal(passphrase, recipients, allow_weak=allow_weak_passphrase)
+        del passphrase, recipients  # so that no traceback of an error carries them
+        return self._sealed(secret.check())
 
     def seal(
         self,
@@ -268,12 +261,18 @@ class RecoveryKey(_Guarded):
             OptionError: as `seal_bytes`; or the file exists and `overwrite` is false.
             KeyFileError: as `seal_bytes`; or the file cannot be written.
         """
-        sealed = self.seal_bytes(
-            passphrase=passphrase,
-            recipients=recipients,
-            allow_weak_passphrase=allow_weak_passphrase,
-        )
-        write_private(path, sealed, overwrite=overwrite)
+        secret = Secret.to_seal(passphrase, recipients, allow_weak=allow_weak_passphrase)
+        del passphrase, recipients
+        self.seal_with(path, secret.check(), overwrite=overwrite)
+
+    def seal_with(self, path: StrPath, secret: Secret, *, overwrite: bool = True) -> None:
+        """As `seal`, with a secret that is checked already."""
+        write_private(path, self._sealed(secret), overwrite=overwrite)
+
+    def _sealed(self, secret: Secret) -> bytes:
+        self.require_faces()
+        with _wiped(write_key(self, secret.recipients)) as payload:
+            return seal_payload(payload, secret)
 
     @classmethod
     def unseal(
@@ -297,71 +296,28 @@ class RecoveryKey(_Guarded):
             WrongSecretError: the secret does not open the file.
             KeyFileError: the file is missing, damaged, too large or not a key file.
         """
+        secret = Secret.to_open(passphrase, identity)
+        del passphrase, identity
+        return cls.open_with(source, secret.check(), max_work_factor=max_work_factor)
+
+    @classmethod
+    def open_with(
+        cls, source: StrPath | bytes, secret: Secret, *, max_work_factor: int = MAX_WORK_FACTOR
+    ) -> RecoveryKey:
+        """As `unseal`, with a secret that is checked already."""
         data = source if isinstance(source, bytes) else read_file(source, MAX_FILE_BYTES)
-        return _decode(
-            open_sealed(
-                data, passphrase=passphrase, identity=identity, max_work_factor=max_work_factor
-            )
-        )
+        with _wiped(open_sealed(data, secret, max_work_factor=max_work_factor)) as plain:
+            try:
+                return cls(**read_key(plain))
+            except OptionError as error:
+                reason = str(error)
+        raise KeyFileError(f"The key file's payload is not a recovery key. {reason}")
 
 
-def _refuse(what: str, problems: Sequence[str]) -> NoReturn:
-    raise OptionError(f"{what}: {'; '.join(problems)}.")
-
-
-def _encode(key: RecoveryKey) -> bytes:
-    height, width = key.photo_size
-    tensors: dict[str, npt.NDArray[Any]] = {
-        "boxes": np.array([face.box for face in key.faces], dtype=np.float64),
-        "landmarks": np.stack([face.landmarks for face in key.faces]),
-        "latents": np.stack([face.latents for face in key.faces]),
-        "matrices": np.stack([face.matrix for face in key.faces]),
-        "tokens": np.stack([face.tokens for face in key.faces]),
-    }
-    metadata = {
-        "backend": key.backend,
-        "bundle": key.bundle,
-        "format": _FORMAT,
-        "photo_height": str(height),
-        "photo_width": str(width),
-        "precision": key.precision,
-        "sampler": key.sampler,
-        "steps": str(key.steps),
-        "version": str(key.version),
-    }
-    return pack(tensors, metadata)
-
-
-def _decode(plain: bytes) -> RecoveryKey:
-    """Read a payload and trust nothing: that it decrypts says who may read it, not who wrote it."""
-    described = read_metadata(plain)
-    if described.get("format") != _FORMAT:
-        raise KeyFileError("The age file opens, but what it holds is not a recovery key.")
-    version = described.get("version", "")
-    if _NUMBER.fullmatch(version) and int(version) != KEY_VERSION:
-        raise KeyFileError(
-            f"The key file's payload has version {version}; this diffveil reads {KEY_VERSION}. "
-            "Use a newer diffveil."
-        )
-    tensors, fields = unpack(plain, _TENSORS, frozenset((*_TEXTS, *_NUMBERS)))
-    if not all(_NUMBER.fullmatch(fields[name]) for name in _NUMBERS):
-        raise KeyFileError("The key file's payload is not a recovery key: a number is malformed.")
-    if len({len(tensor) for tensor in tensors.values()}) != 1 or len(tensors["boxes"]) > _MAX_FACES:
-        raise KeyFileError(
-            "The key file's payload is not a recovery key: its tensors must agree on the number of "
-            f"faces, at most {_MAX_FACES}."
-        )
-    columns = (tensors[name] for name in ("tokens", "latents", "matrices", "boxes", "landmarks"))
+@contextmanager
+def _wiped(memory: bytearray) -> Iterator[bytearray]:
+    """Key material for the length of a block, then zeros."""
     try:
-        return RecoveryKey(
-            faces=tuple(FaceKey(*row) for row in zip(*columns, strict=True)),
-            bundle=fields["bundle"],
-            sampler=fields["sampler"],
-            steps=int(fields["steps"]),
-            photo_size=(int(fields["photo_height"]), int(fields["photo_width"])),
-            backend=fields["backend"],
-            precision=fields["precision"],
-            version=int(fields["version"]),
-        )
-    except OptionError as error:
-        raise KeyFileError(f"The key file's payload is not a recovery key. {error}") from error
+        yield memory
+    finally:
+        memory[:] = bytes(len(memory))

@@ -167,13 +167,19 @@ class FaceOperations:
         return self._protect("hide", "attract", crops, plan, keys, variants, progress)
 
     def invert(
-        self, crops: Crops, inversion: Inversion, *, progress: Progress | None = None
+        self,
+        crops: Crops,
+        inversion: Inversion,
+        *,
+        tokens: _F32 | None = None,
+        progress: Progress | None = None,
     ) -> tuple[_F32, Latent]:
         """The two parts of a recovery key: stage tokens and noise map.
 
         Args:
             crops: Faces, float32 [N, 3, S, S] in [-1, 1], or a batch of them.
             inversion: Sampler and steps.
+            tokens: Tokens to invert with, float32 [N, 10, D]; by default those of the crops.
             progress: Called after each step.
 
         Returns:
@@ -185,10 +191,11 @@ class FaceOperations:
         """
         faces = self._batch(crops)
         table = inversion.forward(self.schedule)
-        denoise = Denoiser(self.programs, faces.tokens, table.timesteps, max_batch=self.max_batch)
+        tokens = faces.tokens if tokens is None else tokens
+        denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
         noisiest, before = run(table, faces.latents, denoise, progress=progress)
         latents = (noisiest, before)[: inversion.latents]
-        return faces.tokens, np.stack(latents, axis=1)
+        return tokens, np.stack(latents, axis=1)
 
     def recover(
         self,
@@ -201,7 +208,7 @@ class FaceOperations:
         """Faces out of what `invert` returned.
 
         Args:
-            tokens: Float32 [N, 10, D].
+            tokens: Float32 [N, 10, D], or conditionings [N, 10, T, W], which are not expanded.
             latents: Float32 [N, K, C, s, s], the noisiest first.
             inversion: Sampler and steps that they were made with.
             progress: Called after each step.
@@ -353,8 +360,10 @@ class FaceOperations:
     def _check_noise_map(self, tokens: _F32, latents: Latent, inversion: Inversion) -> None:
         d = self.bundle.dimensions
         faces = len(tokens)
+        expanded = tokens.ndim == 4
+        width = [d.conditioning_length, d.conditioning_width] if expanded else [d.token_width]
         wanted = {
-            "tokens": (tokens, [faces, d.stages, d.token_width]),
+            "tokens": (tokens, [faces, d.stages, *width]),
             "latents": (
                 latents,
                 [faces, inversion.latents, d.latent_channels, d.latent_size, d.latent_size],

@@ -17,6 +17,7 @@ Whatever comes in (JPEG, PNG, WebP, TIFF…, a Pillow image, an array) becomes a
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
 import os
 import secrets
@@ -31,7 +32,17 @@ from PIL import Image, UnidentifiedImageError
 
 from diffveil.errors import OptionError, PhotoError
 
-__all__ = ["MAX_PIXELS", "Photo", "PhotoSource", "load_photo", "save_photo"]
+__all__ = [
+    "MAX_PIXELS",
+    "Photo",
+    "PhotoSource",
+    "encode_photo",
+    "load_photo",
+    "photo_digest",
+    "save_photo",
+    "shows_same_pixels",
+    "write_photo",
+]
 
 PhotoSource: TypeAlias = "str | os.PathLike[str] | bytes | Image.Image | NDArray[Any] | Photo"
 """What `load_photo` reads: a path, an encoded file's bytes, a Pillow image or an array."""
@@ -52,6 +63,7 @@ _WRITABLE = {
     ".bmp": "BMP",
 }
 _WITH_ALPHA = ("PNG", "WEBP", "TIFF")
+_LOSSLESS = ("BMP", "PNG", "TIFF")
 _WITH_EXIF = ("JPEG", "PNG", "WEBP", "TIFF")
 
 _ORIENTATION = 0x0112
@@ -189,6 +201,19 @@ def save_photo(
         OptionError: Unknown suffix, or quality out of range.
         PhotoError: `image` cannot be read, or the file cannot be written.
     """
+    return write_photo(
+        encode_photo(image, path, quality=quality, keep_metadata=keep_metadata), path
+    )
+
+
+def encode_photo(
+    image: PhotoSource,
+    path: str | os.PathLike[str],
+    *,
+    quality: int = 95,
+    keep_metadata: bool = False,
+) -> bytes:
+    """The file that `save_photo` would write, in memory. Arguments and errors are its own."""
     target = Path(path)
     file_format = _WRITABLE.get(target.suffix.lower())
     if file_format is None:
@@ -198,14 +223,39 @@ def save_photo(
         )
     if not 1 <= quality <= 100:
         raise OptionError(f"quality: received {quality}, expected 1 … 100")
-    photo = load_photo(image)
-    encoded = _encode(photo, file_format, quality, keep_metadata)
+    return _encode(load_photo(image), file_format, quality, keep_metadata)
+
+
+def write_photo(encoded: bytes, path: str | os.PathLike[str]) -> Path:
+    """Write an encoded photo, whole or not at all.
+
+    Raises:
+        PhotoError: The file cannot be written.
+    """
+    target = Path(path)
     try:
         with _replacing(target) as file:
             file.write(encoded)
     except OSError as error:
         raise PhotoError(f"{target}: cannot be written: {error.strerror or error}") from error
     return target
+
+
+def shows_same_pixels(photo: Photo, path: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name, as `save_photo` writes it, shows the photo's very pixels."""
+    file_format = _WRITABLE.get(Path(path).suffix.lower())
+    return file_format in _LOSSLESS and (photo.alpha is None or file_format in _WITH_ALPHA)
+
+
+def photo_digest(photo: Photo) -> bytes:
+    """SHA-256 of a photo's size and pixels: names it whatever it is called or comes along with.
+
+    Hashed are height, width and 3 as little-endian int64, then the RGB values row by row. Opacity,
+    metadata and the file's encoding do not count, so a lossless copy is the same photo.
+    """
+    digest = hashlib.sha256(np.array(photo.pixels.shape, dtype="<i8").tobytes())
+    digest.update(np.ascontiguousarray(photo.pixels).data)
+    return digest.digest()
 
 
 def _from_file(file: Any, name: str, max_pixels: int) -> Photo:

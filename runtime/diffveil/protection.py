@@ -13,11 +13,13 @@ from numpy.typing import NDArray
 from diffveil.align import paste_faces
 from diffveil.batching import MAX_BATCH
 from diffveil.errors import OptionError
+from diffveil.keychecks import compact, compact_noise
 from diffveil.keys import FaceKey, RecoveryKey
 from diffveil.masks import face_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.photos import Photo
+from diffveil.pictures import picture_of
 from diffveil.plans import Plan, Preset
 from diffveil.presets import DEFAULT_PRESET
 from diffveil.presets import preset as preset_named
@@ -128,7 +130,7 @@ def protect(
             continue
         crops = to_pixels(faces.images[rows])
         photos = tuple(_pasted(scene, crops[:, v], mask) for v in range(protection.variants))
-        done.append((photos, _key(operations, scene, protection, faces, rows)))
+        done.append((photos, _key(operations, scene, photos, protection, faces, rows)))
     seconds = (time.perf_counter() - started) / max(len(scenes), 1)
     backend = operations.programs.backend.name
     return [
@@ -179,7 +181,13 @@ def _run(
     )
     if not protection.make_key:
         return _Faces(images, None, None)
-    tokens, latents = operations.invert(faces, recovery, progress=part_of(progress, steps, total))
+    tokens, latents = operations.invert(
+        faces,
+        recovery,
+        # Rounded before they are used, so that keeping them in float16 costs recovery nothing.
+        tokens=compact(faces.tokens).astype(np.float32),
+        progress=part_of(progress, steps, total),
+    )
     return _Faces(images, tokens, latents)
 
 
@@ -190,22 +198,30 @@ def _pasted(scene: Scene, crops: NDArray[np.uint8], mask: _F32) -> Photo:
 
 
 def _key(
-    operations: FaceOperations, scene: Scene, protection: Protection, faces: _Faces, rows: slice
+    operations: FaceOperations,
+    scene: Scene,
+    photos: Sequence[Photo],
+    protection: Protection,
+    faces: _Faces,
+    rows: slice,
 ) -> RecoveryKey | None:
-    """The recovery key of one scene, whose faces are these rows."""
+    """The recovery key of one scene, whose faces are these rows and became these photos."""
     if faces.tokens is None or faces.latents is None:
         return None
-    parts = zip(scene.faces, scene.matrices, faces.tokens[rows], faces.latents[rows], strict=True)
+    # Half the size, for less than what storing a picture in eight bits loses (ADR 17).
+    codes = compact(faces.tokens[rows]), compact_noise(faces.latents[rows])
+    parts = zip(scene.faces, scene.matrices, *codes, strict=True)
     bundle = operations.bundle
     return RecoveryKey(
         faces=tuple(
-            FaceKey(tokens, latents, matrix, face.box, face.landmarks)
-            for face, matrix, tokens, latents in parts
+            FaceKey(tokens, latents, matrix, face.box, face.landmarks, number)
+            for number, (face, matrix, tokens, latents) in enumerate(parts)
         ),
         bundle=bundle.fingerprint,
         sampler=protection.preset.recovery.sampler,
         steps=protection.preset.recovery.steps,
         photo_size=(scene.photo.height, scene.photo.width),
+        pictures=tuple(picture_of(photo) for photo in photos),
         backend=operations.programs.backend.name,
         precision=bundle.program("denoise").inputs[0].dtype,
     )

@@ -278,7 +278,12 @@ class Protector:
 
     @overload
     def recover(
-        self, photo: PhotoSource, key: RecoveryKey, *, progress: Progress | None = None
+        self,
+        photo: PhotoSource,
+        key: RecoveryKey,
+        *,
+        reencoded: bool = False,
+        progress: Progress | None = None,
     ) -> Result: ...
 
     @overload
@@ -287,16 +292,27 @@ class Protector:
         photo: Sequence[PhotoSource],
         key: Sequence[RecoveryKey],
         *,
+        reencoded: bool = False,
         progress: Progress | None = None,
     ) -> list[Result]: ...
 
-    def recover(self, photo: Any, key: Any, *, progress: Progress | None = None) -> Any:
-        """Put the original faces back.
+    def recover(
+        self,
+        photo: Any,
+        key: Any,
+        *,
+        reencoded: bool = False,
+        progress: Progress | None = None,
+    ) -> Any:
+        """Put the original faces back: those that the key holds; all others stay protected.
 
         Args:
-            photo: The protected photo, in any lossless or lossy file format but with the same
-                pixel size; or a sequence of photos.
-            key: Its recovery key; or one for each photo of the sequence.
+            photo: The protected photo as it was saved, or a lossless copy; or a sequence of photos.
+            key: Its recovery key; or one for each photo of the sequence. Keys of several holders
+                become one by `RecoveryKey.join`.
+            reencoded: Accept a photo whose pixels are not those that the key belongs to, if its
+                size is the same and it looks alike in coarse colours: after another lossy encoding,
+                or with other faces recovered already. It is then not sure to be the same picture.
             progress: Called as `progress(done, total)` after each step.
 
         Returns:
@@ -305,7 +321,7 @@ class Protector:
         Raises:
             PhotoError: A photo cannot be read.
             KeyMismatchError: A key belongs to another bundle or photo.
-            OptionError: There is not one key for each photo.
+            OptionError: There is not one key for each photo, or one was wiped.
             EngineError: A program cannot be loaded or failed.
         """
         started = time.perf_counter()
@@ -323,7 +339,9 @@ class Protector:
                 f"key: received {len(keys)} keys for {len(sources)} photos, expected one each"
             )
         photos = [load_photo(source) for source in sources]
-        results = recover(self.operations, photos, keys, started=started, progress=progress)
+        results = recover(
+            self.operations, photos, keys, reencoded=reencoded, started=started, progress=progress
+        )
         return results[0] if single else results
 
     @overload

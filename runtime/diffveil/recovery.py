@@ -14,6 +14,7 @@ from diffveil.keys import FaceKey, RecoveryKey
 from diffveil.masks import recovery_mask
 from diffveil.operations import FaceOperations
 from diffveil.photos import Photo
+from diffveil.pictures import is_one_of, looks_like_one_of
 from diffveil.plans import Inversion
 from diffveil.protection import part_of
 from diffveil.result import Result
@@ -28,10 +29,11 @@ def recover(
     photos: Sequence[Photo],
     keys: Sequence[RecoveryKey],
     *,
+    reencoded: bool = False,
     started: float | None = None,
     progress: Progress | None = None,
 ) -> list[Result]:
-    """Put the original faces back into protected photos.
+    """Put the original faces back into protected photos: those that the keys hold, no others.
 
     The faces come from the keys alone; of a photo only what lies around them is used. They replace
     all that protection changed and a narrow rim, so nothing of the protected faces stays.
@@ -40,6 +42,7 @@ def recover(
         operations: The operations on crops.
         photos: Protected photos.
         keys: The recovery key of each.
+        reencoded: Accept a photo that only looks like the key's, see `check_key`.
         started: `time.perf_counter` when work on these photos began; by default now.
         progress: Called as `progress(done, total)` after each step of the call.
 
@@ -48,25 +51,27 @@ def recover(
 
     Raises:
         KeyMismatchError: A key belongs to another bundle or photo.
+        OptionError: A key was wiped.
         EngineError: A program failed.
     """
     started = time.perf_counter() if started is None else started
-    # Faces whose keys were made alike run together.
-    alike: dict[Inversion, list[tuple[int, FaceKey]]] = {}
+    # Faces whose keys were made alike, of tokens or of conditionings, run together.
+    alike: dict[tuple[Inversion, int], list[tuple[int, FaceKey]]] = {}
     for index, (photo, key) in enumerate(zip(photos, keys, strict=True)):
-        inversion = check_key(operations, photo, key)
-        alike.setdefault(inversion, []).extend((index, face) for face in key.faces)
-    steps = {i: len(i.recovery(operations.schedule).steps) for i in alike}
+        inversion = check_key(operations, photo, key, reencoded=reencoded)
+        group = inversion, key.faces[0].tokens.ndim
+        alike.setdefault(group, []).extend((index, face) for face in key.faces)
+    steps = {group: len(group[0].recovery(operations.schedule).steps) for group in alike}
     done, total = 0, sum(steps.values())
     crops: list[list[np.ndarray]] = [[] for _ in photos]
-    for inversion, members in alike.items():
+    for group, members in alike.items():
         images = operations.recover(
             np.stack([face.tokens for _, face in members]).astype(np.float32),
             np.stack([face.latents for _, face in members]).astype(np.float32),
-            inversion,
+            group[0],
             progress=part_of(progress, done, total),
         )
-        done += steps[inversion]
+        done += steps[group]
         for (index, _), crop in zip(members, to_pixels(images), strict=True):
             crops[index].append(crop)
     mask = recovery_mask(operations.bundle.image_size, operations.bundle.template)
@@ -87,15 +92,25 @@ def recover(
     ]
 
 
-def check_key(operations: FaceOperations, photo: Photo, key: RecoveryKey) -> Inversion:
+def check_key(
+    operations: FaceOperations, photo: Photo, key: RecoveryKey, *, reencoded: bool = False
+) -> Inversion:
     """Hold a key against the bundle and a photo.
+
+    Args:
+        operations: The operations of the bundle.
+        photo: The protected photo.
+        key: Its key.
+        reencoded: Accept other pixels, if size and coarse colours are those of the key's picture.
 
     Returns:
         The sampler and steps that the key was made with.
 
     Raises:
         KeyMismatchError: It belongs to another bundle or photo; the message says what differs.
+        OptionError: It was wiped.
     """
+    key.require_faces()
     bundle, d = operations.bundle, operations.bundle.dimensions
     if key.bundle != bundle.fingerprint:
         raise KeyMismatchError(
@@ -109,15 +124,33 @@ def check_key(operations: FaceOperations, photo: Photo, key: RecoveryKey) -> Inv
             f"'{photo.name or 'photo'}' has {photo.width}x{photo.height}; "
             "give the protected photo as it was written, not scaled, cropped or rotated"
         )
+    _check_picture(photo, key, reencoded)
     try:
         inversion = Inversion(key.sampler, key.steps)  # type: ignore[arg-type]  # checked there
         inversion.recovery(operations.schedule)
     except OptionError as error:
         raise KeyMismatchError(f"the key cannot be used with this bundle: {error}") from error
     face = key.faces[0]  # all of a key have the same shapes
-    wanted = (d.stages, d.token_width), (d.latent_channels, d.latent_size, d.latent_size)
-    if (face.tokens.shape, face.latents.shape[1:]) != wanted:
+    tokens = (d.stages, d.token_width), (d.stages, d.conditioning_length, d.conditioning_width)
+    latents = d.latent_channels, d.latent_size, d.latent_size
+    if face.tokens.shape not in tokens or face.latents.shape[1:] != latents:
         raise KeyMismatchError(
             f"the key's tensors do not have the shapes of bundle '{bundle.name}'"
         )
     return inversion
+
+
+def _check_picture(photo: Photo, key: RecoveryKey, reencoded: bool) -> None:
+    name = photo.name or "photo"
+    if reencoded:
+        if not looks_like_one_of(key.pictures, photo):
+            raise KeyMismatchError(
+                f"'{name}' does not even look like the picture that the key belongs to; "
+                "give the protected photo, or a copy of it that was only encoded again"
+            )
+    elif not is_one_of(key.pictures, photo):
+        raise KeyMismatchError(
+            f"the key belongs to another picture than '{name}': not all pixels are the same; if "
+            "this is the protected photo after another lossy encoding, or with other faces "
+            "recovered, pass reencoded=True (--reencoded)"
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +14,9 @@ from PIL import Image
 
 from diffveil.errors import OptionError
 from diffveil.faces import Face
-from diffveil.keys import RecoveryKey
-from diffveil.photos import Photo, save_photo
+from diffveil.keys import MAX_PICTURES, RecoveryKey
+from diffveil.photos import Photo, encode_photo, load_photo, shows_same_pixels, write_photo
+from diffveil.pictures import picture_of
 
 __all__ = ["FaceEmbeddings", "Result"]
 
@@ -30,7 +31,8 @@ class Result:
         faces: The faces that were processed. What is not listed here was not protected. Empty when
             none was found and the photo kept.
         key: What brings the faces back, the same for all variants; None when it was not asked for,
-            when no face was found, and after recovery.
+            when no face was found, and after recovery. It belongs to the variants, pixel by pixel,
+            and to what `save` and `encode` have made of them: so save a JPEG first, then seal.
         backend: Name of the backend that ran.
         seconds: Wall-clock time of the call, divided evenly among its photos.
         preset: Name of the preset; None after recovery, which follows the key.
@@ -80,9 +82,30 @@ class Result:
             OptionError: No such variant, an unknown suffix, or quality out of range.
             PhotoError: The file cannot be written.
         """
+        encoded = self.encode(path, variant=variant, quality=quality, keep_metadata=keep_metadata)
+        return write_photo(encoded, path)
+
+    def encode(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        variant: int = 0,
+        quality: int = 95,
+        keep_metadata: bool = False,
+    ) -> bytes:
+        """The file that `save` would write, in memory. Arguments and errors are its own.
+
+        What the file shows becomes one of the pictures that `key` belongs to.
+        """
         if not 0 <= variant < len(self.photos):
             raise OptionError(f"variant is {variant}, expected 0 to {len(self.photos) - 1}")
-        return save_photo(self.photos[variant], path, quality=quality, keep_metadata=keep_metadata)
+        photo = self.photos[variant]
+        encoded = encode_photo(photo, path, quality=quality, keep_metadata=keep_metadata)
+        if self.key is not None and not shows_same_pixels(photo, path):
+            seen = load_photo(encoded, max_pixels=photo.width * photo.height)
+            fitting = (*self.key.pictures, picture_of(seen))[-MAX_PICTURES:]
+            object.__setattr__(self, "key", replace(self.key, pictures=fitting))
+        return encoded
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from PIL import Image
 from diffveil.align import crop_face, similarity
 from diffveil.errors import NoFaceError, OptionError, PhotoError
 from diffveil.faces import Face
-from diffveil.photos import Photo, PhotoSource, load_photo
+from diffveil.photos import Photo, PhotoSource, load_photo, photo_digest
 
 __all__ = [
     "OnMissing",
@@ -78,10 +77,8 @@ class Scene:
 
     @property
     def digest(self) -> int:
-        """SHA-256 of size and pixels: names the photo whatever it is called or comes along with."""
-        digest = hashlib.sha256(np.array(self.photo.pixels.shape, dtype="<i8").tobytes())
-        digest.update(np.ascontiguousarray(self.photo.pixels).data)
-        return int.from_bytes(digest.digest(), "big")
+        """The photo's digest as a number."""
+        return int.from_bytes(photo_digest(self.photo), "big")
 
 
 def aligned_scene(photo: Photo, template: _Matrix, size: int) -> Scene:

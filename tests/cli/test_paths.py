@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from diffveil.cli.exits import UsageError
-from diffveil.cli.paths import READABLE, Found, find_key, find_photos, plan_jobs, plan_keys
+from diffveil.cli.paths import READABLE, Found, find_keys, find_photos, plan_jobs, plan_keys
 from diffveil.errors import OptionError
 from diffveil.photos import save_photo
 
@@ -178,16 +178,16 @@ def test_a_folder_of_keys_is_found_again(output: str | None, variants: int) -> N
     written = [path.as_posix() for job in jobs for path in job.outputs]
     photos = find_photos(["out"] if output else written)
     expected = [path for path in planned for _ in range(variants)]
-    assert [find_key("keys", photo) for photo in photos] == expected
+    assert [find_keys("keys", photo) for photo in photos] == [[path] for path in expected]
 
 
 def test_a_missing_key_is_named() -> None:
     touch("a.jpg")
     Path("keys").mkdir()
     with pytest.raises(UsageError, match=r"a\.jpg\.veilkey"):
-        find_key("keys", Found(Path("a.jpg"), Path("a.jpg"), False))
+        find_keys("keys", Found(Path("a.jpg"), Path("a.jpg"), False))
     with pytest.raises(UsageError, match="no such file"):
-        find_key("none.veilkey", Found(Path("a.jpg"), Path("a.jpg"), False))
+        find_keys("none.veilkey", Found(Path("a.jpg"), Path("a.jpg"), False))
 
 
 def test_the_suffixes_are_those_that_can_be_written() -> None:

@@ -54,9 +54,11 @@ def test_a_file_that_is_no_passphrase_is_refused_unseen(tmp_path: Path, content:
     assert caught.value.__cause__ is None
 
 
-def test_a_missing_file_is_named() -> None:
-    with pytest.raises(UsageError, match=r"--passphrase-file none\.txt"):
-        passphrase_from_file("none.txt")
+@pytest.mark.parametrize("path", ["none.txt", SECRET, "x" * 5000, "x\0"])
+def test_a_missing_file_is_not_named_for_it_may_be_the_passphrase(path: str) -> None:
+    with pytest.raises(UsageError, match="--passphrase-file: no such file") as caught:
+        passphrase_from_file(path)
+    assert path not in str(caught.value)
 
 
 def test_sealing_asks_twice(prompt: Callable[..., None]) -> None:

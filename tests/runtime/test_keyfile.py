@@ -17,7 +17,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import age_reference as age
-from diffveil import keys
+from diffveil import keyschema
 from diffveil.errors import (
     BackendUnavailableError,
     KeyFileError,
@@ -242,8 +242,8 @@ def test_a_panic_in_the_backend_is_an_error_too(
 
 def repack(plain: bytes, **changes: Any) -> bytes:
     """Rewrite a payload with tensors or metadata fields replaced."""
-    fields = frozenset((*keys._TEXTS, *keys._NUMBERS))
-    tensors, metadata = unpack(plain, keys._TENSORS, fields)
+    known = {**keyschema._FACE_TENSORS, **keyschema._PICTURE_TENSORS}
+    tensors, metadata = unpack(plain, known, keyschema._FIELDS)
     for name, value in changes.items():
         if name in tensors:
             tensors[name] = value(tensors[name])
@@ -261,7 +261,8 @@ def _nan(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     ("changes", "match"),
     [
         ({"format": "something-else"}, "opens, but what it holds is not a recovery key"),
-        ({"version": "2"}, "version 2; this diffveil reads 1"),
+        ({"version": "3"}, "version 3; this diffveil reads 2. Use a newer"),
+        ({"version": "1"}, "version 1; this diffveil reads 2. Use diffveil 0.1"),
         ({"version": "1.0"}, "number is malformed"),
         ({"version": "٢"}, "not a recovery key"),
         ({"steps": "+8"}, "number is malformed"),
@@ -283,6 +284,13 @@ def _nan(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ({"boxes": lambda a: -a}, "box must have"),
         ({"boxes": lambda a: a[:, :3]}, "box must be"),
         ({"landmarks": lambda a: a[:, :, :1]}, "landmarks must be"),
+        ({"numbers": lambda a: a * 0}, "faces must have different numbers"),
+        ({"numbers": lambda a: a + 1024}, "number must be 0 to 1023"),
+        ({"picture_digests": lambda a: a[:, :31]}, "digest must be 32 bytes"),
+        ({"picture_digests": lambda a: np.repeat(a, 2, axis=0)}, "number of pictures"),
+        ({"picture_colours": lambda a: a.reshape(1, 4, 16, 3)}, "picture_colours"),
+        ({"recipients": "age1"}, "recipients must be"),
+        ({"recipients": " "}, "recipients must be"),
     ],
 )
 def test_hostile_payloads(plain: bytes, changes: dict[str, Any], match: str) -> None:
@@ -299,7 +307,7 @@ def test_an_unchanged_payload_is_read(plain: bytes, key: RecoveryKey) -> None:
 def test_a_payload_from_the_future_names_its_version(plain: bytes) -> None:
     text = b'{"__metadata__":{"format":"diffveil-recovery-key","version":"7"},"new":{}}'
     data = age.seal_scrypt(len(text).to_bytes(8, "little") + text, PASSPHRASE)
-    with pytest.raises(KeyFileError, match="version 7; this diffveil reads 1"):
+    with pytest.raises(KeyFileError, match="version 7; this diffveil reads 2"):
         unseal(data)
 
 
@@ -312,8 +320,9 @@ def test_another_age_file_is_not_a_key() -> None:
 
 
 def test_too_large_a_key_is_not_sealed(pair: tuple[str, str], key: RecoveryKey) -> None:
-    latents = np.zeros((2, 64, 128, 128), np.float32)  # 8 MiB
-    faces = (dataclasses.replace(key.faces[0], latents=latents),) * 8
+    latents = np.ones((2, 64, 128, 128), np.float32)  # 8 MiB
+    face = dataclasses.replace(key.faces[0], latents=latents)
+    faces = tuple(dataclasses.replace(face, number=number) for number in range(8))
     with pytest.raises(KeyFileError, match="Protect fewer faces"):
         dataclasses.replace(key, faces=faces).seal_bytes(recipients=[pair[0]])
 

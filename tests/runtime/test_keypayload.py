@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from diffveil.errors import KeyFileError
 from diffveil.keypayload import MAX_HEADER_BYTES, TensorSpec, pack, read_metadata, unpack
 
-EXPECTED = {"a": TensorSpec(("F16", "F32"), 2), "b": TensorSpec(("F64",), 1)}
+EXPECTED = {"a": TensorSpec(("F16", "F32"), (2,)), "b": TensorSpec(("F64",), (1,))}
 FIELDS = frozenset({"format", "version"})
 METADATA = {"format": "test", "version": "1"}
 
@@ -51,7 +51,7 @@ def test_round_trip(tensors: dict[str, np.ndarray[Any, Any]]) -> None:
 def test_the_safetensors_package_reads_what_is_packed(
     tensors: dict[str, np.ndarray[Any, Any]],
 ) -> None:
-    read = safetensors.numpy.load(pack(tensors, METADATA))
+    read = safetensors.numpy.load(bytes(pack(tensors, METADATA)))
     assert sorted(read) == sorted(tensors)
     for name, tensor in tensors.items():
         np.testing.assert_array_equal(read[name], tensor)

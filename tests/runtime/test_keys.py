@@ -45,11 +45,12 @@ def pair() -> tuple[str, str]:
 
 def assert_same(actual: RecoveryKey, expected: RecoveryKey) -> None:
     """Compare field by field, bit by bit: independent of the product's own comparison."""
-    for field in ("bundle", "sampler", "steps", "photo_size", "backend", "precision", "version"):
+    for field in ("bundle", "sampler", "steps", "photo_size", "pictures", "backend", "precision"):
         assert getattr(actual, field) == getattr(expected, field)
     assert len(actual.faces) == len(expected.faces)
     for ours, theirs in zip(actual.faces, expected.faces, strict=True):
         assert ours.box == theirs.box
+        assert ours.number == theirs.number
         for name in ("tokens", "latents", "matrix", "landmarks"):
             left, right = getattr(ours, name), getattr(theirs, name)
             assert left.dtype == right.dtype
@@ -99,7 +100,16 @@ def test_an_independent_age_and_safetensors_read_what_was_sealed(
     recipient, identity = pair
     plain = age.open_x25519(key.seal_bytes(recipients=[recipient]), identity)
     tensors = safetensors.numpy.load(plain)
-    assert sorted(tensors) == ["boxes", "landmarks", "latents", "matrices", "tokens"]
+    assert sorted(tensors) == [
+        "boxes",
+        "landmarks",
+        "latents",
+        "matrices",
+        "numbers",
+        "picture_colours",
+        "picture_digests",
+        "tokens",
+    ]
     np.testing.assert_array_equal(tensors["tokens"], np.stack([f.tokens for f in key.faces]))
     np.testing.assert_array_equal(tensors["latents"], np.stack([f.latents for f in key.faces]))
     np.testing.assert_array_equal(tensors["boxes"], np.array([f.box for f in key.faces]))
@@ -142,10 +152,11 @@ def test_every_valid_key_survives_sealing(
         faces=tuple(
             make_face(
                 rng,
+                number=number,
                 tokens=rng.standard_normal((10, width)).astype(dtype),
                 latents=rng.standard_normal((count, channels, side, side)).astype(dtype),
             )
-            for _ in range(faces)
+            for number in range(faces)
         ),
         sampler=sampler,
         steps=steps,
@@ -386,7 +397,8 @@ def test_unfit_faces_are_refused(
         ({"photo_size": (10, 10, 3)}, "photo_size"),
         ({"backend": "no spaces"}, "backend"),
         ({"precision": ""}, "precision"),
-        ({"version": 2}, "version must be 1"),
+        ({"pictures": ()}, "pictures must number 1 to 256"),
+        ({"recipients": ("age1x",)}, "recipients must be"),
     ],
 )
 def test_unfit_keys_are_refused(
@@ -404,7 +416,7 @@ def test_all_problems_are_reported_at_once(rng: np.random.Generator) -> None:
 
 
 def test_faces_of_one_key_share_shapes(rng: np.random.Generator) -> None:
-    other = make_face(rng, tokens=np.zeros((10, 7), np.float16))
+    other = make_face(rng, number=1, tokens=np.zeros((10, 7), np.float16))
     with pytest.raises(OptionError, match="same shapes"):
         make_key(rng, faces=(make_face(rng), other))
 

@@ -37,8 +37,9 @@ def test_recover_brings_the_faces_back(protector: Protector, group: Pixels) -> N
     mask = recovery_mask(32, template)
     expected = paste_faces(group, list(round_trip), matrices, mask, match_colour=False)
     difference = np.abs(np.asarray(recovered.image).astype(int) - expected)
-    # A level of rounding; nothing of the protected face, which differs by tens of levels.
-    assert difference.max() <= 1
+    # A level of rounding, one for latents in float16; nothing of the protected face, which differs
+    # by tens of levels.
+    assert difference.max() <= 2
 
 
 def test_hide_can_be_recovered_too(protector: Protector, portrait: Pixels) -> None:
@@ -97,7 +98,7 @@ def test_foreign_keys_are_refused(
         other.recover(result.image, key)
     with pytest.raises(KeyMismatchError, match="110x90 pixels, but 'photo' has 160x100"):
         protector.recover(group, key)
-    latents = np.zeros((2, 8, 5, 5), np.float32)
+    latents = np.ones((2, 8, 5, 5), np.float32)
     face = key.faces[0]
     shaped = replace(key, faces=(replace(face, latents=latents),))
     with pytest.raises(KeyMismatchError, match="shapes of bundle 'fake'"):

@@ -12,8 +12,10 @@ from diffveil._version import __version__
 from diffveil.cli import build as _build
 from diffveil.cli import distill as _distill
 from diffveil.cli import fuse as _fuse
+from diffveil.cli import key as _key
 from diffveil.cli import verify as _verify
 from diffveil.cli.exits import ExitCode, exit_code_of
+from diffveil.cli.secret import add_opening, add_sealing
 
 __all__ = ["build_parser", "main"]
 
@@ -65,8 +67,12 @@ examples:
   diffveil recover group-anonymized.jpg --key group.veilkey
       asks for the passphrase and writes group-anonymized-recovered.jpg
   diffveil recover shared/ --key keys/ --identity me.agekey -o originals/
-      a folder; each photo's key is the file of its name in keys/
-A wrong passphrase or identity ends with status 4 and writes nothing: there is no wrong face.
+      a folder; each photo's key is the file of its name in keys/, or those of its faces that the
+      identity opens
+  diffveil recover group.jpg --key ann.veilkey --key bob.veilkey --identity both.agekey
+      two faces whose keys were split; all others stay protected
+A wrong passphrase or identity ends with status 4 and writes nothing: there is no wrong face. A key
+of another picture, or of this one after lossy encoding, ends with status 5 (see --reencoded).
 """,
     "inspect": """\
 examples:
@@ -92,6 +98,7 @@ examples:
 Nothing in a pickled file is run. The bundle is verified against PyTorch, whole or not at all.
 """,
     "build": _build.EXAMPLES,
+    "key": _key.EXAMPLES,
     "distill-guide": _distill.EXAMPLES,
     "fuse-step": _fuse.EXAMPLES,
     "verify": _verify.EXAMPLES,
@@ -160,6 +167,8 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
     _add_protection(add("hide", "protect", "change faces for people, not for the recognizer"))
     _add_recovery(add("recover", "recover", "give the faces back, with their key"))
 
+    _key.add_arguments(add("key", "key", "say who opens a key file, take it apart, import keys"))
+
     inspect = add("inspect", "inspect", "describe a bundle or a key file, never secrets")
     inspect.add_argument("path", metavar="PATH", help="a bundle's folder or a key file")
     inspect.add_argument("--json", action="store_true", help="one JSON object")
@@ -204,18 +213,7 @@ def _add_protection(parser: argparse.ArgumentParser) -> None:
         help="keep the recovery key in this new file (for several photos: folder); "
         "without it the key is discarded",
     )
-    secret = sealing.add_mutually_exclusive_group()
-    secret.add_argument(
-        "--passphrase-file",
-        metavar="F",
-        help="seal with the passphrase on the only line of this file (default: ask)",
-    )
-    secret.add_argument(
-        "--recipient",
-        metavar="age1…",
-        action="append",
-        help="seal to this age public key instead; may be given several times",
-    )
+    add_sealing(sealing)
     look = parser.add_argument_group("result")
     look.add_argument(
         "--variants", metavar="N", type=_count, default=1, help="different results a photo"
@@ -244,16 +242,16 @@ def _add_recovery(parser: argparse.ArgumentParser) -> None:
         "--key",
         metavar="KEYFILE",
         required=True,
-        help="the photo's key file, or a folder of keys named after the photos",
+        action="append",
+        help="the photo's key file (several, if several people hold its faces), or a folder of "
+        "keys named after the photos",
     )
-    secret = opening.add_mutually_exclusive_group()
-    secret.add_argument(
-        "--passphrase-file",
-        metavar="F",
-        help="open with the passphrase on the only line of this file (default: ask)",
-    )
-    secret.add_argument(
-        "--identity", metavar="AGE-IDENTITY-FILE", help="open with this age identity instead"
+    add_opening(opening)
+    opening.add_argument(
+        "--reencoded",
+        action="store_true",
+        help="also take a photo that only looks like the one the key belongs to: after another "
+        "lossy encoding, or with other faces recovered already",
     )
     _add_machine(parser)
 

@@ -15,10 +15,12 @@ from pathlib import Path
 from diffveil.cli.exits import UsageError
 
 __all__ = [
+    "FACE",
+    "KEY_SUFFIX",
     "Found",
     "Job",
     "check_targets",
-    "find_key",
+    "find_keys",
     "find_photos",
     "output_folder",
     "plan_jobs",
@@ -27,6 +29,8 @@ __all__ = [
 
 READABLE = frozenset({".bmp", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
 KEY_SUFFIX = ".veilkey"
+FACE = "face"
+"""Marks the key file of one face: `group.face-0.veilkey`."""
 
 
 @dataclass(frozen=True)
@@ -157,8 +161,11 @@ def plan_keys(jobs: Sequence[Job], key: str) -> list[Path]:
     return paths
 
 
-def find_key(key: str, photo: Found) -> Path:
-    """The key file of a protected photo: the file itself, or the one of its name in a folder.
+def find_keys(key: str, photo: Found) -> list[Path]:
+    """The key files of a protected photo: the file itself, or those of its name in a folder.
+
+    In a folder that is one file; or, where the faces of the photo have been split, one for each of
+    them.
 
     Raises:
         UsageError: there is none.
@@ -167,17 +174,21 @@ def find_key(key: str, photo: Found) -> Path:
     if not path.is_dir():
         if not path.is_file():
             raise UsageError(f"--key {key}: no such file")
-        return path
+        return [path]
     name, stem, suffix = photo.path.name, photo.path.stem, photo.path.suffix
-    names = [name + KEY_SUFFIX, stem + KEY_SUFFIX]
+    names = [name, stem]
     head, dash, number = stem.rpartition("-")
     if dash and number.isdecimal():  # one of several variants, which share a key
-        names += [head + suffix + KEY_SUFFIX, head + KEY_SUFFIX]
-    for name in names:
-        for folder in (path / photo.relative.parent, path):
-            if (folder / name).is_file():
-                return folder / name
-    raise UsageError(f"--key {key}: holds no {names[0]} for {photo.path}")
+        names += [head + suffix, head]
+    places = [(folder, name) for name in names for folder in (path / photo.relative.parent, path)]
+    for folder, name in places:
+        if (folder / (name + KEY_SUFFIX)).is_file():
+            return [folder / (name + KEY_SUFFIX)]
+    for folder, name in places:
+        parts = sorted(folder.glob(f"{glob.escape(name)}.{FACE}-*{KEY_SUFFIX}"))
+        if parts:
+            return parts
+    raise UsageError(f"--key {key}: holds no {names[0]}{KEY_SUFFIX} for {photo.path}")
 
 
 def check_targets(targets: Sequence[tuple[Path, Path]], inputs: Sequence[Path]) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
@@ -13,11 +12,11 @@ from diffveil.cli.exits import ExitCode, UsageError, WriteError
 from diffveil.cli.paths import Job, find_photos, output_folder, plan_jobs, plan_keys
 from diffveil.cli.progress import ProgressBar
 from diffveil.cli.report import describe_photo, json_line, report_failure
-from diffveil.cli.secret import ask_passphrase, passphrase_from_file
-from diffveil.errors import KeyFileError, NoFaceError, OptionError, PhotoError
+from diffveil.cli.secret import sealing_secret
+from diffveil.errors import KeyFileError, NoFaceError, PhotoError
 
 if TYPE_CHECKING:
-    from diffveil.keys import RecoveryKey
+    from diffveil.keysecrets import Secret
     from diffveil.protector import Protector
     from diffveil.result import Result
 
@@ -26,24 +25,6 @@ __all__ = ["TAGS", "run"]
 TAGS = {"anonymize": "anonymized", "hide": "hidden"}
 _TOGETHER = 4  # photos a call: their faces share batches, their pixels share memory
 _Outcome: TypeAlias = "Result | PhotoError | NoFaceError"
-
-
-@dataclass(frozen=True, repr=False)
-class _Seal:
-    """What recovery keys are sealed to; never printed."""
-
-    passphrase: str | None
-    recipients: tuple[str, ...]
-
-    def seal(self, key: RecoveryKey, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        key.seal(
-            path,
-            passphrase=self.passphrase,
-            recipients=self.recipients,
-            allow_weak_passphrase=True,  # judged in _plan_sealing
-            overwrite=False,
-        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -57,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     """
     photos = find_photos(args.photos, exclude=output_folder(args.output))
     jobs = plan_jobs(photos, args.output, tag=TAGS[args.command], variants=args.variants)
-    keys, seal = _plan_sealing(args, jobs)
+    keys, secret = _plan_sealing(args, jobs)
 
     from diffveil.protector import Protector
 
@@ -74,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
                 try:
                     if isinstance(outcome, Exception):
                         raise outcome
-                    key = _write(job, outcome, keys[start + offset], seal)
+                    key = _write(job, outcome, keys[start + offset], secret)
                 except (PhotoError, NoFaceError, WriteError) as error:
                     failure = report_failure(bar, job.source, error, as_json=args.json)
                     status = status or failure
@@ -85,35 +66,13 @@ def run(args: argparse.Namespace) -> int:
 
 def _plan_sealing(
     args: argparse.Namespace, jobs: Sequence[Job]
-) -> tuple[Sequence[Path | None], _Seal | None]:
+) -> tuple[Sequence[Path | None], Secret | None]:
     if args.key is None:
-        if args.passphrase_file or args.recipient:
+        if args.sealing_file or args.recipient:
             raise UsageError("--passphrase-file and --recipient seal a key: add --key KEYFILE")
         return [None] * len(jobs), None
-    keys = plan_keys(jobs, args.key)
     # Whatever would be refused when sealing is refused here, before anything is computed.
-    from diffveil.keysecrets import check_passphrase, parse_recipients
-
-    if args.recipient:
-        parse_recipients(args.recipient)
-        return keys, _Seal(None, tuple(args.recipient))
-    if not args.passphrase_file:
-        passphrase = ask_passphrase(sealing=True)
-        check_passphrase(passphrase, allow_weak=False)
-        return keys, _Seal(passphrase, ())
-    passphrase = passphrase_from_file(args.passphrase_file)
-    check_passphrase(passphrase, allow_weak=True)
-    try:
-        check_passphrase(passphrase, allow_weak=False)
-    except OptionError:
-        # A file is a decision already made, often by a script; refusing it would only move the
-        # weak passphrase elsewhere. A person at the prompt can choose another, and must.
-        print(
-            f"diffveil: --passphrase-file {args.passphrase_file}: a weak passphrase; whoever gets "
-            "the key file can guess at it without limit",
-            file=sys.stderr,
-        )
-    return keys, _Seal(passphrase, ())
+    return plan_keys(jobs, args.key), sealing_secret(args)
 
 
 def _protect(
@@ -147,16 +106,21 @@ def _protect(
         yield from _protect(args, protector, [source], bar)
 
 
-def _write(job: Job, result: Result, key_path: Path | None, seal: _Seal | None) -> Path | None:
+def _write(job: Job, result: Result, key_path: Path | None, secret: Secret | None) -> Path | None:
+    from diffveil.photos import write_photo
+
     written = None
     try:
-        # The key first: a key without its photo is useless, a photo without its key is lost.
-        if key_path is not None and seal is not None and result.key is not None:
-            seal.seal(result.key, key_path)
+        # Encoded first, so that the key knows the pictures as they are written; then the key: a key
+        # without its photo is useless, a photo without its key is lost.
+        encoded = [result.encode(output, variant=v) for v, output in enumerate(job.outputs)]
+        if key_path is not None and secret is not None and result.key is not None:
+            key_path.parent.mkdir(parents=True, exist_ok=True)
+            result.key.seal_with(key_path, secret, overwrite=False)
             written = key_path
-        for variant, output in enumerate(job.outputs):
+        for output, content in zip(job.outputs, encoded, strict=True):
             output.parent.mkdir(parents=True, exist_ok=True)
-            result.save(output, variant=variant)
+            write_photo(content, output)
     except (PhotoError, KeyFileError, OSError) as error:
         raise WriteError(str(error)) from error
     return written

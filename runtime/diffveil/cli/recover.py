@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from diffveil.cli.exits import ExitCode, WriteError
-from diffveil.cli.paths import check_targets, find_key, find_photos, output_folder, plan_jobs
+from diffveil.cli.exits import ExitCode, UsageError, WriteError
+from diffveil.cli.paths import check_targets, find_keys, find_photos, output_folder, plan_jobs
 from diffveil.cli.progress import ProgressBar
 from diffveil.cli.report import describe_photo, json_line, report_failure
-from diffveil.cli.secret import ask_passphrase, passphrase_from_file, readable_file
-from diffveil.errors import KeyFileError, KeyMismatchError, PhotoError
+from diffveil.cli.secret import opening_secret
+from diffveil.errors import KeyFileError, KeyMismatchError, PhotoError, WrongSecretError
 
 if TYPE_CHECKING:
+    from diffveil.keys import RecoveryKey
+    from diffveil.keysecrets import Secret
     from diffveil.result import Result
 
 __all__ = ["run"]
@@ -31,30 +34,27 @@ def run(args: argparse.Namespace) -> int:
     """
     photos = find_photos(args.photos, exclude=output_folder(args.output))
     jobs = plan_jobs(photos, args.output, tag="recovered")
-    keys = [find_key(args.key, photo) for photo in photos]
+    if len(args.key) > 1 and len(photos) > 1:
+        raise UsageError("several --key belong to one photo: name a folder of keys instead")
+    keys = [[path for key in args.key for path in find_keys(key, photo)] for photo in photos]
     check_targets(
         [(job.source, job.outputs[0]) for job in jobs],
-        inputs=[*(job.source for job in jobs), *keys],
+        inputs=[*(job.source for job in jobs), *(path for some in keys for path in some)],
     )
-    passphrase, identity = None, None
-    if args.identity:
-        identity = readable_file(args.identity, "--identity")
-    elif args.passphrase_file:
-        passphrase = passphrase_from_file(args.passphrase_file)
-    else:
-        passphrase = ask_passphrase(sealing=False)
+    secret = opening_secret(args)
 
-    from diffveil.keys import RecoveryKey
     from diffveil.protector import Protector
 
     protector = Protector.load(args.bundle, backend=args.backend)
     status: int = ExitCode.DONE
-    for number, (job, path) in enumerate(zip(jobs, keys, strict=True), start=1):
+    for number, (job, paths) in enumerate(zip(jobs, keys, strict=True), start=1):
         label = "recover" if len(jobs) == 1 else f"recover {number} of {len(jobs)}"
         with ProgressBar(label) as bar:
             try:
-                key = RecoveryKey.unseal(path, passphrase=passphrase, identity=identity)
-                result = protector.recover(job.source, key, progress=bar)
+                with _opened(paths, secret, every=len(args.key) > 1) as key:
+                    result = protector.recover(
+                        job.source, key, reencoded=args.reencoded, progress=bar
+                    )
                 _write(result, job.outputs[0])
             except (PhotoError, KeyFileError, KeyMismatchError, WriteError) as error:
                 failure = report_failure(
@@ -62,13 +62,15 @@ def run(args: argparse.Namespace) -> int:
                     job.source,
                     error,
                     as_json=args.json,
-                    culprit=path if isinstance(error, KeyFileError) else None,
+                    culprit=paths[0]
+                    if isinstance(error, KeyFileError) and len(paths) == 1
+                    else None,
                 )
                 status = status or failure
                 continue
             if args.json:
                 record = describe_photo(
-                    job.source, job.outputs, path, result.backend, result.seconds, result.faces
+                    job.source, job.outputs, paths[0], result.backend, result.seconds, result.faces
                 )
                 bar.message(json_line(record), sys.stdout)
             else:
@@ -76,6 +78,30 @@ def run(args: argparse.Namespace) -> int:
                 faces = f"{count} face{'s' if count != 1 else ''} in {result.seconds:.1f} s"
                 bar.message(f"{job.source} -> {job.outputs[0]}: {faces}", sys.stdout)
     return status
+
+
+def _opened(paths: Sequence[Path], secret: Secret, *, every: bool) -> RecoveryKey:
+    """The key of all files, or of those that the secret opens: a folder holds other people's too.
+
+    Raises:
+        WrongSecretError: the secret opens none, or not `every` one.
+        KeyFileError: a file is damaged.
+        KeyMismatchError: the files belong to different photos.
+    """
+    from diffveil.keys import RecoveryKey
+
+    opened = []
+    for path in paths:
+        try:
+            opened.append(RecoveryKey.open_with(path, secret))
+        except WrongSecretError:
+            if every or (path == paths[-1] and not opened):
+                raise
+        except KeyFileError as error:
+            if len(paths) == 1:
+                raise
+            raise KeyFileError(f"{path.name}: {error}") from error
+    return opened[0] if len(opened) == 1 else RecoveryKey.join(opened)
 
 
 def _write(result: Result, output: Path) -> None:
