@@ -116,6 +116,23 @@ def run_fused(
     Raises:
         EngineError: The latents are no longer finite.
     """
+    # A backend that fails in the middle has lost the loop's tensors: the next one begins anew.
+    return programs.attempt(
+        lambda: _run(programs, table, x, denoise, guidance, noise, background, max_batch, progress)
+    )
+
+
+def _run(
+    programs: Programs,
+    table: SamplerTable,
+    x: Latent,
+    denoise: Denoiser,
+    guidance: IdentityGuidance,
+    noise: Callable[[int], Latent],
+    background: Background | None,
+    max_batch: int,
+    progress: Progress | None,
+) -> Latent:
     parts = chunks(len(x), max_batch, guidance.variants)
     loops = [programs.step_loop(part.stop - part.start) for part in parts]
     ones = np.ones((len(x), 1, *x.shape[2:]), dtype=np.float32)

@@ -130,9 +130,10 @@ def protect(
         photos = tuple(_pasted(scene, crops[:, v], mask) for v in range(protection.variants))
         done.append((photos, _key(operations, scene, protection, faces, rows)))
     seconds = (time.perf_counter() - started) / max(len(scenes), 1)
-    backend = operations.programs.backend.name
+    programs, preset = operations.programs, protection.preset.name
+    backend, why = programs.backend.name, programs.why
     return [
-        Result(photos, scene.faces, key, backend, seconds, protection.preset.name)
+        Result(photos, scene.faces, key, backend, seconds, preset, why)
         for scene, (photos, key) in zip(scenes, done, strict=True)
     ]
 

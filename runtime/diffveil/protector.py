@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 import numpy as np
 
 from diffveil.bundle import Bundle
-from diffveil.engines import Backend, Programs, select_backend
+from diffveil.engines import AUTO, Backend, Programs, select_backend
 from diffveil.errors import OptionError
 from diffveil.faces import Face, FaceDetector
 from diffveil.keys import RecoveryKey
@@ -92,13 +92,17 @@ class Protector:
 
         Args:
             bundle: Folder of the bundle, or an opened one; by default the embedded one.
-            backend: Name of a backend or a backend of your own; by default the best one that this
-                machine can use.
+            backend: Name of a backend or a backend of your own. By default, and with `"auto"`, the
+                fastest that this machine can use and that computes what PyTorch did on the
+                bundle's golden inputs: each engine is held against them when it is loaded, and
+                when one fails, then or later, the next backend takes over with a
+                `BackendWarning`. A backend that is named is neither judged nor replaced.
             detector: Finds faces; by default CenterFace, which needs `diffveil[faces]`.
             threads: CPU threads of one program call; by default the CPUs this process may use. A
                 backend or detector of your own keeps its own setting.
-            verify: Run every program once on the bundle's golden inputs, and refuse a backend that
-                computes something else than the exporter's PyTorch did.
+            verify: Run every program once on the bundle's golden inputs now, on the reference
+                backend too, and refuse a backend that computes something else than the exporter's
+                PyTorch did.
 
         Raises:
             BundleError: The bundle is missing, malformed or incomplete.
@@ -109,12 +113,10 @@ class Protector:
         if bundle is None or isinstance(bundle, str | os.PathLike):
             bundle = Bundle.load(None if bundle is None else os.fspath(bundle))
         if backend is None or isinstance(backend, str):
-            backend = select_backend(backend, bundle, threads=threads).require()
-        if verify:
-            from diffveil.golden import require_golden
-
-            require_golden(bundle, backend)
-        return cls(Programs(bundle, backend), detector=detector, threads=threads)
+            programs = _programs(bundle, backend or AUTO, threads, verify)
+        else:
+            programs = _named(bundle, backend, verify)
+        return cls(programs, detector=detector, threads=threads)
 
     def __enter__(self) -> Protector:
         return self
@@ -135,6 +137,11 @@ class Protector:
     def backend(self) -> str:
         """Name of the backend."""
         return self.programs.backend.name
+
+    @property
+    def backend_reason(self) -> str:
+        """Why it is that backend, in words."""
+        return self.programs.why
 
     @property
     def detector(self) -> FaceDetector:
@@ -402,3 +409,28 @@ class Protector:
             template=self.bundle.template,
             size=self.bundle.image_size,
         )
+
+
+def _programs(bundle: Bundle, name: str, threads: int | None, verify: bool) -> Programs:
+    """The programs on a named backend, or on the fastest with the others to fall back on."""
+    if name != AUTO:
+        return _named(bundle, select_backend(name, bundle, threads=threads).require(), verify)
+    from diffveil.golden import examiner, judge_for
+
+    judge = judge_for(bundle) if verify else None
+    selection = select_backend(AUTO, bundle, threads=threads, judge=judge)
+    return Programs(
+        bundle,
+        selection.require(),
+        others=selection.others,
+        examine=examiner(bundle),
+        why=selection.why,
+    )
+
+
+def _named(bundle: Bundle, backend: Backend, verify: bool) -> Programs:
+    if verify:
+        from diffveil.golden import require_golden
+
+        require_golden(bundle, backend)
+    return Programs(bundle, backend)

@@ -80,9 +80,16 @@ def recover(
         for photo, key, own in zip(photos, keys, crops, strict=True)
     ]
     seconds = (time.perf_counter() - started) / max(len(photos), 1)
-    backend = operations.programs.backend.name
+    programs = operations.programs
     return [
-        Result((photo,), tuple(Face(f.box, f.landmarks) for f in key.faces), None, backend, seconds)
+        Result(
+            (photo,),
+            tuple(Face(f.box, f.landmarks) for f in key.faces),
+            key=None,
+            backend=programs.backend.name,
+            seconds=seconds,
+            backend_reason=programs.why,
+        )
         for photo, key in zip(recovered, keys, strict=True)
     ]
 

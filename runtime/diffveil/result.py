@@ -31,9 +31,10 @@ class Result:
             none was found and the photo kept.
         key: What brings the faces back, the same for all variants; None when it was not asked for,
             when no face was found, and after recovery.
-        backend: Name of the backend that ran.
+        backend: Name of the backend that ran; the last one, if one failed on the way.
         seconds: Wall-clock time of the call, divided evenly among its photos.
         preset: Name of the preset; None after recovery, which follows the key.
+        backend_reason: Why it was that backend, in words.
     """
 
     photos: tuple[Photo, ...]
@@ -42,6 +43,7 @@ class Result:
     backend: str
     seconds: float
     preset: str | None = None
+    backend_reason: str = ""
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from diffveil.engines._base import Array, Availability, Backend, Engine
 from diffveil.engines._loop import Loop
+from diffveil.engines._pool import BackendWarning, Examine
 from diffveil.engines._programs import Programs
-from diffveil.engines._select import BACKENDS, Reason, Selection, select_backend
+from diffveil.engines._select import AUTO, BACKENDS, REFERENCE, Reason, Selection, select_backend
 from diffveil.engines.onnxrt import ONNXRuntimeCPU
 
 __all__ = [
+    "AUTO",
     "BACKENDS",
+    "REFERENCE",
     "Array",
     "Availability",
     "Backend",
+    "BackendWarning",
     "Engine",
+    "Examine",
     "Loop",
     "ONNXRuntimeCPU",
     "Programs",
