@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Availability, Backend, BundleBackend
 from diffveil.engines.onnxrt import ONNXRuntimeCPU
+from diffveil.engines.onnxrt_cuda import ONNXRuntimeCUDA
 from diffveil.errors import BackendUnavailableError, OptionError
 
 __all__ = ["AUTO", "BACKENDS", "REFERENCE", "Reason", "Selection", "select_backend"]
@@ -18,7 +19,10 @@ AUTO = "auto"
 REFERENCE = "cpu"
 """The backend that the exporter held against PyTorch; all others are held against golden data."""
 
-BACKENDS: dict[str, Callable[[int | None], Backend]] = {"cpu": ONNXRuntimeCPU}
+BACKENDS: dict[str, Callable[[int | None], Backend]] = {
+    "onnxruntime-cuda": ONNXRuntimeCUDA,
+    "cpu": ONNXRuntimeCPU,
+}
 """Constructors by name, fastest first; each takes the number of CPU threads or None."""
 
 Judge = Callable[[Backend], Availability]
