@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import closing
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffveil.batching import chunks
 from diffveil.denoising import Denoiser
-from diffveil.engines import Programs
+from diffveil.engines import Loop, Programs, Scheduled, WholeLoop
 from diffveil.errors import EngineError
 from diffveil.guidance import IdentityGuidance
 from diffveil.plans import Plan
@@ -19,6 +20,9 @@ from diffveil.sampling import Latent, Progress, add_noise
 from diffveil.schedule import NoiseSchedule
 
 __all__ = ["Background", "can_run_fused", "run_fused"]
+
+_Changes: TypeAlias = "dict[str, NDArray[Any]]"
+"""Inputs of one step that other steps have others of."""
 
 
 class Background:
@@ -133,42 +137,43 @@ def _run(
     max_batch: int,
     progress: Progress | None,
 ) -> Latent:
-    parts = chunks(len(x), max_batch, guidance.variants)
-    loops = [programs.step_loop(part.stop - part.start) for part in parts]
     ones = np.ones((len(x), 1, *x.shape[2:]), dtype=np.float32)
     zeros = np.zeros_like(x)
-    for loop, part in zip(loops, parts, strict=True):
+
+    def start(loop: Loop | WholeLoop, part: slice) -> None:
         rows = np.arange(part.start, part.stop)
         loop.put(
             latent=x[part],
             previous=x[part],
             previous_epsilon=zeros[part],
-            noise=zeros[part],
-            # Zeros and ones: x comes out of the blend as it went in, bit for bit.
-            background=zeros[part],
-            mask=ones[part],
             **guidance.question(rows),
             release=np.full(len(rows), guidance.release, dtype=np.float32),
             normalise=np.full(len(rows), guidance.normalise, dtype=np.float32),
         )
-    for index, step in enumerate(table.steps):
-        changed: dict[str, NDArray[Any]] = {
+
+    def changes(index: int, step: Step) -> _Changes:
+        kept = None if background is None else background.at(step)
+        return {
             "timestep": np.full(len(x), step.timestep, dtype=np.int64),
             "conditioning": denoise.conditioning(step.timestep, len(x)),
             "coefficients": np.tile(np.array(step.coefficients, np.float32), (len(x), 1)),
+            "noise": zeros if step.n == 0.0 else noise(index),
+            # Zeros and ones: x comes out of the blend as it went in, bit for bit.
+            "background": zeros if kept is None else kept,
+            "mask": ones if kept is None or background is None else background.mask,
         }
-        if step.n != 0.0:
-            changed["noise"] = noise(index)
-        if background is not None:
-            kept = background.at(step)
-            changed["background"] = zeros if kept is None else kept
-            changed["mask"] = ones if kept is None else background.mask
-        for loop, part in zip(loops, parts, strict=True):
-            loop.put(**{name: array[part] for name, array in changed.items()})
-            loop.step()
+
+    parts = chunks(len(x), max_batch, guidance.variants)
+    first = programs.step_loop(parts[0].stop - parts[0].start)
+    if isinstance(first, WholeLoop):
+        results = _handed_over(programs, first, table, parts, start, changes)
         if progress is not None:
-            progress(index + 1, len(table.steps))
-    result = np.concatenate([np.asarray(loop.get("next"), np.float32) for loop in loops])
+            for done in range(len(table.steps)):
+                progress(done + 1, len(table.steps))
+    else:
+        others = [programs.step_loop(part.stop - part.start) for part in parts[1:]]
+        results = _step_by_step([first, *others], table, parts, start, changes, progress)
+    result = np.concatenate(results)
     # What is not finite stays so: looking once is enough, and nothing waits for it in between.
     if not np.isfinite(result).all():
         raise EngineError(
@@ -176,3 +181,60 @@ def _run(
             "or backend of higher precision"
         )
     return result
+
+
+def _step_by_step(
+    loops: list[Loop],
+    table: SamplerTable,
+    parts: list[slice],
+    start: Callable[[Loop, slice], None],
+    changes: Callable[[int, Step], _Changes],
+    progress: Progress | None,
+) -> list[Latent]:
+    """All parts side by side, a step at a time; what stays as it was is not put again."""
+    for loop, part in zip(loops, parts, strict=True):
+        start(loop, part)
+    before: _Changes = {}
+    for index, step in enumerate(table.steps):
+        now = changes(index, step)
+        for loop, part in zip(loops, parts, strict=True):
+            loop.put(**{n: a[part] for n, a in now.items() if a is not before.get(n)})
+            loop.step()
+        before = now
+        if progress is not None:
+            progress(index + 1, len(table.steps))
+    return [np.asarray(loop.get("next"), np.float32) for loop in loops]
+
+
+def _handed_over(
+    programs: Programs,
+    first: WholeLoop,
+    table: SamplerTable,
+    parts: list[slice],
+    start: Callable[[WholeLoop, slice], None],
+    changes: Callable[[int, Step], _Changes],
+) -> list[Latent]:
+    """One part after the other, each with all of its steps at once."""
+    steps = [changes(index, step) for index, step in enumerate(table.steps)]
+    results = []
+    for part in parts:
+        loop = first if part is parts[0] else programs.step_loop(part.stop - part.start)
+        assert isinstance(loop, WholeLoop)
+        with closing(loop):
+            start(loop, part)
+            loop.run({name: _scheduled(steps, name, part) for name in steps[0]}, len(steps))
+            results.append(np.asarray(loop.get("next"), np.float32))
+    return results
+
+
+def _scheduled(steps: list[_Changes], name: str, part: slice) -> Scheduled:
+    """One input of all steps; what is the same memory is the same value."""
+    values: dict[tuple[Any, ...], NDArray[Any]] = {}
+    keys = []
+    for step in steps:
+        array = step[name]
+        key = array.__array_interface__["data"][0], array.shape, array.strides
+        values.setdefault(key, array[part])
+        keys.append(key)
+    known = list(values)
+    return Scheduled(tuple(values.values()), tuple(known.index(key) for key in keys))

@@ -6,7 +6,7 @@ import logging
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -197,7 +197,8 @@ class EnginePool:
             self._why = f"{failed} failed: {error}"
             loaded, self._loaded = self._loaded, {}
         for entry in loaded.values():
-            entry.engine.close()
+            with suppress(EngineError):  # a broken device may refuse even that
+                entry.engine.close()
         _log.info("backend %s failed, %s follows", failed, following)
         warnings.warn(
             f"backend '{failed}' failed and '{following}' runs instead: {error}",

@@ -13,6 +13,7 @@ from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
 from diffveil.engines._loop import STEP_CARRY, Loop, loop_of
 from diffveil.engines._pool import EnginePool, Examine
+from diffveil.errors import EngineError
 
 __all__ = ["Programs"]
 
@@ -72,6 +73,15 @@ class Programs:
             BundleCorruptError: A file of the program differs from its hash.
         """
         return self._pool.engine(program)
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most rows of one call that the backend takes; None where it does not say."""
+        ask = getattr(self.backend, "max_batch", None)
+        try:
+            return None if ask is None else int(ask(self.bundle))
+        except EngineError:  # loading will say what is wrong, or fall back
+            return None
 
     def attempt(self, work: Callable[[], _T]) -> _T:
         """Do work on loops or engines; again from its start when a backend fails.

@@ -9,6 +9,7 @@ from diffveil.bundle import Bundle
 from diffveil.engines._base import Availability, Backend, BundleBackend
 from diffveil.engines.onnxrt import ONNXRuntimeCPU
 from diffveil.engines.onnxrt_cuda import ONNXRuntimeCUDA
+from diffveil.engines.tensorrt import TensorRT
 from diffveil.errors import BackendUnavailableError, OptionError
 
 __all__ = ["AUTO", "BACKENDS", "REFERENCE", "Reason", "Selection", "select_backend"]
@@ -20,6 +21,8 @@ REFERENCE = "cpu"
 """The backend that the exporter held against PyTorch; all others are held against golden data."""
 
 BACKENDS: dict[str, Callable[[int | None], Backend]] = {
+    "tensorrt": lambda threads: TensorRT("tensorrt"),
+    "tensorrt-rtx": lambda threads: TensorRT("tensorrt-rtx"),
     "onnxruntime-cuda": ONNXRuntimeCUDA,
     "cpu": ONNXRuntimeCPU,
 }

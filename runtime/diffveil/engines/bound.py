@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffveil.engines._base import Array
-from diffveil.engines._loop import Carry
+from diffveil.engines._loop import Carry, check_put
 from diffveil.errors import EngineError
 from diffveil.programs import Dimensions, ProgramSpec, TensorSpec
 
@@ -30,14 +30,16 @@ class DeviceBuffer:
     def __init__(self, shape: tuple[int, ...], dtype: str, device: tuple[str, int] = CPU) -> None:
         from onnxruntime import OrtValue
 
-        self.shape, self.dtype = shape, np.dtype(dtype)
+        self.shape = shape
         self._array: Array | None = None
         if device == CPU:
             # Shares the array's memory, so writing to the array is all of the copying.
             self._array = np.zeros(shape, dtype=dtype)
             self.value: Any = OrtValue.ortvalue_from_numpy(self._array)
         else:
-            self.value = OrtValue.ortvalue_from_shape_and_type(list(shape), self.dtype, *device)
+            self.value = OrtValue.ortvalue_from_shape_and_type(
+                list(shape), np.dtype(dtype), *device
+            )
 
     def write(self, array: Array) -> None:
         """Copy an array of the buffer's shape and dtype into it."""
@@ -101,22 +103,8 @@ class BoundLoop:
 
     def put(self, **inputs: Array) -> None:
         """See `Loop.put`."""
-        wanted = {t.name for t in self._program.inputs}
-        problems = []
-        for name, array in inputs.items():
-            if name not in wanted:
-                problems.append(f"{name}: not an input")
-                continue
-            buffer = self._buffers[name]
-            if array.shape != buffer.shape or array.dtype != buffer.dtype:
-                problems.append(
-                    f"{name}: received {array.dtype} {list(array.shape)}, "
-                    f"expected {buffer.dtype} {list(buffer.shape)}"
-                )
-        if problems:
-            raise EngineError(
-                f"a loop of program '{self._program.name}' was fed wrongly: " + "; ".join(problems)
-            )
+        shapes = {name: buffer.shape for name, buffer in self._buffers.items()}
+        check_put(self._program, inputs, shapes)
         for name, array in inputs.items():
             self._buffers[name].write(array)
         self._missing -= inputs.keys()
