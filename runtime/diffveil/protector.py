@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 
-from diffveil.batching import MAX_BATCH
 from diffveil.bundle import Bundle
 from diffveil.engines import AUTO, Backend, Programs, select_backend
 from diffveil.errors import OptionError
@@ -74,7 +73,7 @@ class Protector:
     ) -> None:
         self.programs = programs
         self.bundle = programs.bundle
-        self.operations = FaceOperations(programs, max_batch=_max_batch(programs))
+        self.operations = FaceOperations(programs)
         self._detector = detector
         self._threads = threads
         self._lock = threading.Lock()
@@ -435,8 +434,3 @@ def _named(bundle: Bundle, backend: Backend, verify: bool) -> Programs:
 
         require_golden(bundle, backend)
     return Programs(bundle, backend)
-
-
-def _max_batch(programs: Programs) -> int:
-    limits = (MAX_BATCH, programs.max_batch)
-    return min(limit for limit in limits if limit is not None)
