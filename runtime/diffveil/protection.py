@@ -208,5 +208,5 @@ def _key(
         steps=protection.preset.recovery.steps,
         photo_size=(scene.photo.height, scene.photo.width),
         backend=operations.programs.backend.name,
-        precision=bundle.program("denoise").inputs[0].dtype,
+        precision=bundle.program("denoise").precision,
     )

@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
     from diffveil.keys import RecoveryKey
     from diffveil.protector import Protector
 
-    protector = Protector.load(args.bundle, backend=args.backend)
+    protector = Protector.load(args.bundle, backend=args.backend, max_memory=args.max_memory)
     status: int = ExitCode.DONE
     for number, (job, path) in enumerate(zip(jobs, keys, strict=True), start=1):
         label = "recover" if len(jobs) == 1 else f"recover {number} of {len(jobs)}"

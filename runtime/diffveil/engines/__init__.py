@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from diffveil.engines._base import Array, Availability, Backend, Engine
+from diffveil.engines._budget import MemoryBudget, parse_memory
 from diffveil.engines._loop import Loop, Scheduled, WholeLoop
 from diffveil.engines._pool import BackendWarning, Examine
 from diffveil.engines._programs import Programs
@@ -22,6 +23,7 @@ __all__ = [
     "Engine",
     "Examine",
     "Loop",
+    "MemoryBudget",
     "ONNXRuntimeCPU",
     "ONNXRuntimeCUDA",
     "Programs",
@@ -30,5 +32,6 @@ __all__ = [
     "Selection",
     "TensorRT",
     "WholeLoop",
+    "parse_memory",
     "select_backend",
 ]

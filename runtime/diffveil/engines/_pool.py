@@ -12,6 +12,7 @@ from typing import TypeVar
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
+from diffveil.engines._budget import MemoryBudget
 from diffveil.engines._outputs import check_outputs
 from diffveil.errors import EngineError
 from diffveil.programs import check_inputs
@@ -51,6 +52,7 @@ class EnginePool:
         backends: Backends, best first, at least one.
         examine: Judges each engine when it is loaded.
         why: Why the first backend was chosen, in words.
+        budget: Memory to keep within: engines that were not called lately are closed to make room.
     """
 
     def __init__(
@@ -60,11 +62,13 @@ class EnginePool:
         *,
         examine: Callable[[Backend], Examine | None] | None = None,
         why: str = "",
+        budget: MemoryBudget | None = None,
     ) -> None:
         self._bundle = bundle
         self._backends = tuple(backends)
         self._examine = examine
         self._why = why
+        self._budget = budget
         self._lock = threading.Lock()  # of the fields below
         self._loading = threading.Lock()  # held while an engine is loaded
         self._at = 0
@@ -81,6 +85,11 @@ class EnginePool:
     def why(self) -> str:
         """Why it is that backend, in words."""
         return self._why
+
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed."""
+        return self._closed
 
     def engine(self, program: str) -> Engine:
         """The engine of a program, loaded if it is not yet.
@@ -167,6 +176,7 @@ class EnginePool:
             if entry is not None:
                 return entry
             at, backend = self._at, self.backend
+            self._make_room(program)
             engine = backend.load(self._bundle, program)
             try:
                 examine = self._examine(backend) if self._examine else None
@@ -184,6 +194,21 @@ class EnginePool:
                 engine.close()
                 raise
             return entry
+
+    def _make_room(self, program: str) -> None:
+        """Close engines, the one least recently called first, until another one fits."""
+        if self._budget is None:
+            return
+        closing = []
+        with self._lock:
+            idle = [name for name, entry in self._loaded.items() if not entry.users]
+            for name in sorted(idle, key=lambda n: self._loaded[n].used):
+                if self._budget.fits((*self._loaded, program)):
+                    break
+                closing.append(self._loaded.pop(name).engine)
+        for engine in closing:
+            _log.debug("closed program %s to make room", engine.program.name)
+            engine.close()
 
     def _fall_back(self, at: int, error: EngineError) -> bool:
         """Whether work that began on backend number `at` may be tried again."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -11,6 +12,7 @@ from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
+from diffveil.engines._budget import MemoryBudget
 from diffveil.engines._loop import STEP_CARRY, Loop, loop_of
 from diffveil.engines._pool import EnginePool, Examine
 from diffveil.errors import EngineError
@@ -30,6 +32,7 @@ class Programs:
         others: What executes them when that fails, best first; see `EnginePool`.
         examine: Gives what judges the engines of a backend when they are loaded, or None.
         why: Why that backend was chosen, in words.
+        budget: Memory to keep within.
     """
 
     def __init__(
@@ -40,9 +43,12 @@ class Programs:
         others: Sequence[Backend] = (),
         examine: Callable[[Backend], Examine | None] | None = None,
         why: str = "it was named",
+        budget: MemoryBudget | None = None,
     ) -> None:
         self.bundle = bundle
-        self._pool = EnginePool(bundle, (backend, *others), examine=examine, why=why)
+        self._backends = (backend, *others)
+        self._examine, self._budget = examine, budget
+        self._pool = EnginePool(bundle, self._backends, examine=examine, why=why, budget=budget)
 
     @property
     def backend(self) -> Backend:
@@ -76,12 +82,35 @@ class Programs:
 
     @property
     def max_batch(self) -> int | None:
-        """Most rows of one call that the backend takes; None where it does not say."""
+        """Most rows of one call that backend and memory allow; None where neither says."""
+        limits = [] if self._budget is None else [self._budget.rows]
         ask = getattr(self.backend, "max_batch", None)
-        try:
-            return None if ask is None else int(ask(self.bundle))
-        except EngineError:  # loading will say what is wrong, or fall back
+        with suppress(EngineError):  # loading will say what is wrong, or fall back
+            limits += [] if ask is None else [int(ask(self.bundle))]
+        return min(limits, default=None)
+
+    def preferring(self, name: str, why: str) -> Programs | None:
+        """The same programs on another of the backends, with the others to fall back on.
+
+        Args:
+            name: The backend that is wanted.
+            why: Why, in words.
+
+        Returns:
+            Programs with engines of their own; None where this is not one of the backends, where
+            these are closed, and where memory is limited: it would be needed twice.
+        """
+        first = [b for b in self._backends if b.name == name]
+        if not first or self._pool.closed or self._budget is not None:
             return None
+        others = [b for b in self._backends if b.name != name]
+        return Programs(
+            self.bundle,
+            first[0],
+            others=others,
+            examine=self._examine,
+            why=why,
+        )
 
     def attempt(self, work: Callable[[], _T]) -> _T:
         """Do work on loops or engines; again from its start when a backend fails.
