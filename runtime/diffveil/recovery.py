@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -20,7 +21,15 @@ from diffveil.result import Result
 from diffveil.sampling import Progress
 from diffveil.scenes import to_pixels
 
-__all__ = ["check_key", "recover"]
+__all__ = ["CROSS_BACKEND_LOSS", "check_key", "expected_loss", "recover"]
+
+CROSS_BACKEND_LOSS: Mapping[str, float] = MappingProxyType(
+    {"float32": 0.1, "float16": 1.0, "bfloat16": 3.0}
+)
+"""What recovery on another backend than the key's may cost, in dB of PSNR against the photo.
+
+By the precision that the bundle's denoiser computes in. `docs/engines.md` says what was measured.
+"""
 
 
 def recover(
@@ -89,9 +98,25 @@ def recover(
             backend=programs.backend.name,
             seconds=seconds,
             backend_reason=programs.why,
+            expected_loss=expected_loss(operations, key),
         )
         for photo, key in zip(recovered, keys, strict=True)
     ]
+
+
+def expected_loss(operations: FaceOperations, key: RecoveryKey) -> float | None:
+    """What recovery here may cost because another backend made the key.
+
+    Args:
+        operations: The operations, on the backend that recovers.
+        key: The key.
+
+    Returns:
+        dB of PSNR against the photo, an upper bound; None where the key's own backend runs.
+    """
+    if key.backend == operations.programs.backend.name:
+        return None
+    return CROSS_BACKEND_LOSS[operations.bundle.program("denoise").precision]
 
 
 def check_key(operations: FaceOperations, photo: Photo, key: RecoveryKey) -> Inversion:

@@ -35,6 +35,8 @@ class Result:
         seconds: Wall-clock time of the call, divided evenly among its photos.
         preset: Name of the preset; None after recovery, which follows the key.
         backend_reason: Why it was that backend, in words.
+        expected_loss: After recovery on another backend than the key's: how much worse than there
+            the face may be, at most, in dB of PSNR; None otherwise.
     """
 
     photos: tuple[Photo, ...]
@@ -44,6 +46,7 @@ class Result:
     seconds: float
     preset: str | None = None
     backend_reason: str = ""
+    expected_loss: float | None = None
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:

@@ -74,6 +74,11 @@ def run(args: argparse.Namespace) -> int:
             else:
                 count = len(result.faces)
                 faces = f"{count} face{'s' if count != 1 else ''} in {result.seconds:.1f} s"
+                if result.expected_loss is not None:
+                    faces += (
+                        f" (the key was made on {key.backend}: up to {result.expected_loss:g} dB "
+                        f"worse on {result.backend})"
+                    )
                 bar.message(f"{job.source} -> {job.outputs[0]}: {faces}", sys.stdout)
     return status
 
