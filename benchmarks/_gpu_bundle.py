@@ -117,8 +117,8 @@ SIZES = {
         msi=(12, 16, 16, 8),
         recognizer=(10, ((16, 1), (32, 1), (16, 1), (32, 1))),
         vocabulary={"<|startoftext|>": 30, "<|endoftext|>": 31, "*</w>": 7, "a</w>": 1},
-        generator=(16, 8),
-        encoder=(64, 8),
+        generator=(16, 16),
+        encoder=(64, 16),
     ),
 }
 """By name."""

