@@ -51,6 +51,7 @@ def test_it_runs_end_to_end(
     assert "## Programs" in text
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_pytorchs_side_runs(tmp_path: Path) -> None:
     from benchmarks._gpu_torch import gan_cases, paper_cases, torch_device
 

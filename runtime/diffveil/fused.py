@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -120,60 +122,10 @@ def run_fused(
     Raises:
         EngineError: The latents are no longer finite.
     """
-    # A backend that fails in the middle has lost the loop's tensors: the next one begins anew.
-    return programs.attempt(
-        lambda: _run(programs, table, x, denoise, guidance, noise, background, max_batch, progress)
-    )
-
-
-def _run(
-    programs: Programs,
-    table: SamplerTable,
-    x: Latent,
-    denoise: Denoiser,
-    guidance: IdentityGuidance,
-    noise: Callable[[int], Latent],
-    background: Background | None,
-    max_batch: int,
-    progress: Progress | None,
-) -> Latent:
-    ones = np.ones((len(x), 1, *x.shape[2:]), dtype=np.float32)
-    zeros = np.zeros_like(x)
-
-    def start(loop: Loop | WholeLoop, part: slice) -> None:
-        rows = np.arange(part.start, part.stop)
-        loop.put(
-            latent=x[part],
-            previous=x[part],
-            previous_epsilon=zeros[part],
-            **guidance.question(rows),
-            release=np.full(len(rows), guidance.release, dtype=np.float32),
-            normalise=np.full(len(rows), guidance.normalise, dtype=np.float32),
-        )
-
-    def changes(index: int, step: Step) -> _Changes:
-        kept = None if background is None else background.at(step)
-        return {
-            "timestep": np.full(len(x), step.timestep, dtype=np.int64),
-            "conditioning": denoise.conditioning(step.timestep, len(x)),
-            "coefficients": np.tile(np.array(step.coefficients, np.float32), (len(x), 1)),
-            "noise": zeros if step.n == 0.0 else noise(index),
-            # Zeros and ones: x comes out of the blend as it went in, bit for bit.
-            "background": zeros if kept is None else kept,
-            "mask": ones if kept is None or background is None else background.mask,
-        }
-
+    fused = _FusedRun(table, x, denoise, guidance, noise, background, progress)
     parts = chunks(len(x), max_batch, guidance.variants)
-    first = programs.step_loop(parts[0].stop - parts[0].start)
-    if isinstance(first, WholeLoop):
-        results = _handed_over(programs, first, table, parts, start, changes)
-        if progress is not None:
-            for done in range(len(table.steps)):
-                progress(done + 1, len(table.steps))
-    else:
-        others = [programs.step_loop(part.stop - part.start) for part in parts[1:]]
-        results = _step_by_step([first, *others], table, parts, start, changes, progress)
-    result = np.concatenate(results)
+    # A backend that fails in the middle has lost the loop's tensors: the next one begins anew.
+    result = programs.attempt(lambda: fused.run(programs, parts))
     # What is not finite stays so: looking once is enough, and nothing waits for it in between.
     if not np.isfinite(result).all():
         raise EngineError(
@@ -183,48 +135,99 @@ def _run(
     return result
 
 
-def _step_by_step(
-    loops: list[Loop],
-    table: SamplerTable,
-    parts: list[slice],
-    start: Callable[[Loop, slice], None],
-    changes: Callable[[int, Step], _Changes],
-    progress: Progress | None,
-) -> list[Latent]:
-    """All parts side by side, a step at a time; what stays as it was is not put again."""
-    for loop, part in zip(loops, parts, strict=True):
-        start(loop, part)
-    before: _Changes = {}
-    for index, step in enumerate(table.steps):
-        now = changes(index, step)
+@dataclass(frozen=True, eq=False)
+class _FusedRun:
+    """What a run puts into its loops, whoever runs them; arguments as of `run_fused`."""
+
+    table: SamplerTable
+    x: Latent
+    denoise: Denoiser
+    guidance: IdentityGuidance
+    noise: Callable[[int], Latent]
+    background: Background | None
+    progress: Progress | None
+
+    def run(self, programs: Programs, parts: list[slice]) -> Latent:
+        """All parts of the rows; at once, or one after the other where steps are handed over."""
+        first = programs.step_loop(parts[0].stop - parts[0].start)
+        if isinstance(first, WholeLoop):
+            return np.concatenate(self._handed_over(programs, first, parts))
+        others = [programs.step_loop(part.stop - part.start) for part in parts[1:]]
+        return np.concatenate(self._step_by_step([first, *others], parts))
+
+    def _step_by_step(self, loops: list[Loop], parts: list[slice]) -> list[Latent]:
+        """All parts side by side, a step at a time; what stays as it was is not put again."""
         for loop, part in zip(loops, parts, strict=True):
-            loop.put(**{n: a[part] for n, a in now.items() if a is not before.get(n)})
-            loop.step()
-        before = now
-        if progress is not None:
-            progress(index + 1, len(table.steps))
-    return [np.asarray(loop.get("next"), np.float32) for loop in loops]
+            self._start(loop, part)
+        before: _Changes = {}
+        for index, step in enumerate(self.table.steps):
+            now = self._changes(index, step)
+            for loop, part in zip(loops, parts, strict=True):
+                loop.put(**{n: a[part] for n, a in now.items() if a is not before.get(n)})
+                loop.step()
+            before = now
+            self._report(index + 1)
+        return [np.asarray(loop.get("next"), np.float32) for loop in loops]
 
+    def _handed_over(
+        self, programs: Programs, first: WholeLoop, parts: list[slice]
+    ) -> list[Latent]:
+        """One part after the other, each with all of its steps at once."""
+        results = []
+        with closing(first):  # whatever happens before its turn; closing twice does no harm
+            steps = [self._changes(index, step) for index, step in enumerate(self.table.steps)]
+            for part in parts:
+                loop = first if part is parts[0] else programs.step_loop(part.stop - part.start)
+                if not isinstance(loop, WholeLoop):
+                    raise EngineError("another backend took over within a run")
+                # One at a time: a loop holds a stream, and there may be but one.
+                with closing(loop):
+                    self._start(loop, part)
+                    schedule = {name: _scheduled(steps, name, part) for name in steps[0]}
+                    loop.run(schedule, len(steps))
+                    results.append(np.asarray(loop.get("next"), np.float32))
+        for done in range(len(steps)):
+            self._report(done + 1)
+        return results
 
-def _handed_over(
-    programs: Programs,
-    first: WholeLoop,
-    table: SamplerTable,
-    parts: list[slice],
-    start: Callable[[WholeLoop, slice], None],
-    changes: Callable[[int, Step], _Changes],
-) -> list[Latent]:
-    """One part after the other, each with all of its steps at once."""
-    steps = [changes(index, step) for index, step in enumerate(table.steps)]
-    results = []
-    for part in parts:
-        loop = first if part is parts[0] else programs.step_loop(part.stop - part.start)
-        assert isinstance(loop, WholeLoop)
-        with closing(loop):
-            start(loop, part)
-            loop.run({name: _scheduled(steps, name, part) for name in steps[0]}, len(steps))
-            results.append(np.asarray(loop.get("next"), np.float32))
-    return results
+    def _start(self, loop: Loop | WholeLoop, part: slice) -> None:
+        """Put what stays for the whole run."""
+        rows, x = np.arange(part.start, part.stop), self.x[part]
+        loop.put(
+            latent=x,
+            previous=x,
+            previous_epsilon=np.zeros_like(x),
+            **self.guidance.question(rows),
+            release=np.full(len(rows), self.guidance.release, dtype=np.float32),
+            normalise=np.full(len(rows), self.guidance.normalise, dtype=np.float32),
+        )
+
+    def _changes(self, index: int, step: Step) -> _Changes:
+        """What other steps have others of, for all rows."""
+        rows = len(self.x)
+        background, mask = self._nothing
+        if self.background is not None:
+            kept = self.background.at(step)
+            if kept is not None:
+                background, mask = kept, self.background.mask
+        return {
+            "timestep": np.full(rows, step.timestep, dtype=np.int64),
+            "conditioning": self.denoise.conditioning(step.timestep, rows),
+            "coefficients": np.tile(np.array(step.coefficients, np.float32), (rows, 1)),
+            "noise": self._nothing[0] if step.n == 0.0 else self.noise(index),
+            "background": background,
+            "mask": mask,
+        }
+
+    @cached_property
+    def _nothing(self) -> tuple[Latent, Latent]:
+        """Zeros and ones: x comes out of a blend with them as it went in, bit for bit."""
+        ones = np.ones((len(self.x), 1, *self.x.shape[2:]), dtype=np.float32)
+        return np.zeros_like(self.x), ones
+
+    def _report(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress(done, len(self.table.steps))
 
 
 def _scheduled(steps: list[_Changes], name: str, part: slice) -> Scheduled:

@@ -7,72 +7,22 @@ sums run in another order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import onnxruntime as ort
 import pytest
+from benchmarks._arithmetics import Rounded, Unoptimised, to_float16, to_tf32
+from benchmarks.recovery import across
 
 from diffveil import Protector
 from diffveil.bundle import Bundle
-from diffveil.engines import Array, Engine, ONNXRuntimeCPU, Programs
+from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.operations import FaceOperations
 from diffveil.presets import PRESETS
-from diffveil.programs import ProgramSpec
 from diffveil.recovery import CROSS_BACKEND_LOSS
 from fake_photos import ListedDetector, Pixels
 from fake_programs import FakeBackend, fake_bundle
 from faulty_backends import FaultyBackend
-
-Rounding = Callable[[Array], Array]
-
-
-def to_float16(array: Array) -> Array:
-    return array.astype(np.float16).astype(np.float32)
-
-
-def to_tf32(array: Array) -> Array:
-    """Round to nearest at the tenth bit of the fraction; float32's range stays."""
-    bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    return ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-class _Rounded(ONNXRuntimeCPU):
-    def __init__(self, rounding: Rounding) -> None:
-        super().__init__(1)
-        self._rounding = rounding
-
-    def load(self, bundle: Bundle, program: str) -> Engine:
-        return _RoundedEngine(super().load(bundle, program), self._rounding)
-
-
-class _RoundedEngine:
-    def __init__(self, inner: Engine, rounding: Rounding) -> None:
-        self._inner, self._rounding = inner, rounding
-
-    @property
-    def program(self) -> ProgramSpec:
-        return self._inner.program
-
-    def run(self, **inputs: Array) -> dict[str, Array]:
-        rounded = {n: self._rounding(a) if a.dtype == np.float32 else a for n, a in inputs.items()}
-        return {n: self._rounding(a) for n, a in self._inner.run(**rounded).items()}
-
-    def close(self) -> None:
-        self._inner.close()
-
-
-class _Unoptimised(ONNXRuntimeCPU):
-    def options(self) -> Any:
-        options = super().options()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-        return options
-
-
-def psnr(one: Array, other: Array) -> float:
-    return float(-10 * np.log10(np.mean(np.square(one - other, dtype=np.float64)) / 4))
 
 
 @pytest.fixture(scope="module")
@@ -86,9 +36,9 @@ def face() -> np.ndarray:
 
 
 OTHERS = {
-    "sums in another order": _Unoptimised(1),
-    "TF32": _Rounded(to_tf32),
-    "float16": _Rounded(to_float16),
+    "sums in another order": Unoptimised(1),
+    "TF32": Rounded(to_tf32, 1),
+    "float16": Rounded(to_float16, 1),
 }
 
 
@@ -101,11 +51,9 @@ def test_keys_open_across_arithmetics_both_ways(name: str, face: np.ndarray) -> 
     ):
         here, there = FaceOperations(plain), FaceOperations(other)
         for maker, opener in ((here, there), (there, here)):
-            key = maker.invert(face, inversion)
-            own = psnr(maker.recover(*key, inversion), face)
-            across = psnr(opener.recover(*key, inversion), face)
-            assert own > 15  # it is a recovery at all
-            assert own - across < CROSS_BACKEND_LOSS["float32"]
+            loss, between = across(face, maker, opener, inversion)
+            assert loss < CROSS_BACKEND_LOSS["float32"]
+            assert between > 50
 
 
 @pytest.fixture

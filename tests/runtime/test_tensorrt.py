@@ -343,6 +343,18 @@ def test_engines_say_which_batches_they_take(
     protector.close()
 
 
+def test_two_parts_take_turns_on_one_stream(engines: Bundle, rng: np.random.Generator) -> None:
+    """More faces than a call takes, and a stream that only one loop can have."""
+    machine, plan = Machine(streams=1), PRESETS["balanced"].anonymize
+    keys = [NoiseKey.from_seed(i) for i in range(3)]
+    images = crops(rng, 3)
+    results = []
+    for backend in (machine.backend, ONNXRuntimeCPU(1)):
+        with Programs(engines, backend) as programs:
+            results.append(FaceOperations(programs, max_batch=2).anonymize(images, plan, keys=keys))
+    np.testing.assert_allclose(*results, rtol=0, atol=1e-4)
+
+
 def test_it_says_what_is_missing(tiny_bundle: Bundle, engines: Bundle, machine: Machine) -> None:
     assert machine.backend.available().why == f"tensorrt-rtx 9.9.9 on {TARGET}"
     assert machine.backend.ready(engines)
@@ -351,7 +363,7 @@ def test_it_says_what_is_missing(tiny_bundle: Bundle, engines: Bundle, machine: 
     def gone(name: str) -> Any:
         raise ImportError(f"no module named {name}")
 
-    absent = TensorRT("tensorrt", import_module=gone)
+    absent = TensorRT("tensorrt", import_module=gone, find_gpu=lambda ordinal: TARGET)
     assert "pip install 'diffveil[tensorrt]'" in absent.available().why
     assert not absent.ready(engines)
     with pytest.raises(BackendUnavailableError, match="tensorrt cannot be imported"):

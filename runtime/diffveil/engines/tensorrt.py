@@ -79,17 +79,16 @@ class TensorRT:
 
     def available(self) -> Availability:
         """Whether the library, the bindings of CUDA and a GPU are here."""
+        # The GPU first: importing the library takes long, and without one it is for nothing.
+        target = self._find_gpu(self._ordinal)
+        if target is None:
+            return Availability(False, "no NVIDIA GPU or driver was found")
         try:
             trt = self._module()
             if self._driver is None:
                 load_driver()
         except BackendUnavailableError as error:
             return Availability(False, str(error))
-        target = self._find_gpu(self._ordinal)
-        if target is None:
-            return Availability(
-                False, f"{self.name} {trt.__version__}, but no NVIDIA GPU or driver was found"
-            )
         return Availability(True, f"{self.name} {trt.__version__} on {target}")
 
     def ready(self, bundle: Bundle) -> Availability:
