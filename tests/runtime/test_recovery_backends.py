@@ -37,9 +37,13 @@ def face() -> np.ndarray:
 
 OTHERS = {
     "sums in another order": Unoptimised(1),
-    "TF32": Rounded(to_tf32, 1),
     "float16": Rounded(to_float16, 1),
 }
+
+
+def test_rounding_keeps_ten_bits() -> None:
+    assert to_tf32(np.float32([1 + 2**-10, 1 + 2**-12, -1e30])).tolist()[:2] == [1 + 2**-10, 1.0]
+    assert to_float16(np.float32([1 + 2**-10, 1 + 2**-12])).tolist() == [1 + 2**-10, 1.0]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -12,6 +12,7 @@ import re
 import shutil
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,9 @@ from diffveil.presets import PRESETS
 from diffveil.protector import Protector
 from fake_cuda import FakeDriver, Status
 from fake_trt_runtime import TARGET, FakeTensorRT, write_engines
+
+PLAN = replace(PRESETS["balanced"].anonymize, steps=8)
+"""One gradient at every step, so that loops of `step` run it; short."""
 
 
 @pytest.fixture(scope="module")
@@ -147,7 +151,7 @@ def test_a_loop_equals_the_one_on_the_cpu(
 ) -> None:
     machine = Machine(cuda_graphs=graphs)
     noise = [NoiseKey.from_seed(i) for i in range(rows)]
-    plan = PRESETS["balanced"].anonymize
+    plan = PLAN
     with (
         Programs(engines, machine.backend) as native,
         Programs(engines, ONNXRuntimeCPU(1)) as plain,
@@ -166,7 +170,7 @@ def test_a_whole_loop_is_one_graph_and_never_waits(
     engines: Bundle, machine: Machine, rng: np.random.Generator
 ) -> None:
     """One wait a loop, to read its result; the same loop again is one launch."""
-    plan, keys = PRESETS["balanced"].anonymize, [NoiseKey.from_seed(0)]
+    plan, keys = PLAN, [NoiseKey.from_seed(0)]
     with Programs(engines, machine.backend) as programs:
         operations = FaceOperations(programs)
         steps = len(plan.table(operations.schedule).steps)
@@ -296,7 +300,7 @@ def test_whatever_the_driver_refuses_the_next_backend_takes_over(
     function: str, engines: Bundle, rng: np.random.Generator
 ) -> None:
     machine, cpu = Machine(), ONNXRuntimeCPU(1)
-    plan, keys = PRESETS["balanced"].anonymize, [NoiseKey.from_seed(0)]
+    plan, keys = PLAN, [NoiseKey.from_seed(0)]
     image = crops(rng, 1)
     with Programs(engines, cpu) as programs:
         expected = FaceOperations(programs).anonymize(image, plan, keys=keys)
@@ -316,7 +320,7 @@ def test_whatever_the_driver_refuses_the_next_backend_takes_over(
 
 def test_a_failed_loop_gives_its_stream_back(engines: Bundle, rng: np.random.Generator) -> None:
     machine = Machine(streams=1)
-    plan, keys = PRESETS["balanced"].anonymize, [NoiseKey.from_seed(0)]
+    plan, keys = PLAN, [NoiseKey.from_seed(0)]
     with Programs(engines, machine.backend) as programs:
         operations = FaceOperations(programs)
         batch = operations.prepare(crops(rng, 1))
@@ -345,7 +349,7 @@ def test_engines_say_which_batches_they_take(
 
 def test_two_parts_take_turns_on_one_stream(engines: Bundle, rng: np.random.Generator) -> None:
     """More faces than a call takes, and a stream that only one loop can have."""
-    machine, plan = Machine(streams=1), PRESETS["balanced"].anonymize
+    machine, plan = Machine(streams=1), PLAN
     keys = [NoiseKey.from_seed(i) for i in range(3)]
     images = crops(rng, 3)
     results = []
