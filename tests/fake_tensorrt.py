@@ -52,6 +52,7 @@ class DataType(enum.Enum):
 
 class BuilderFlag(enum.IntEnum):
     REFIT = 4
+    TF32 = 7
     STRIP_PLAN = 20
     WEIGHT_STREAMING = 19
 
@@ -82,7 +83,7 @@ class OptimizationProfile:
 
 class BuilderConfig:
     def __init__(self) -> None:
-        self.flags: list[str] = []
+        self.flags = ["TF32"]
         self.pools: dict[str, int] = {}
         self.profiles: list[OptimizationProfile] = []
         self.cache: TimingCache | None = None
@@ -90,6 +91,10 @@ class BuilderConfig:
 
     def set_flag(self, flag: BuilderFlag) -> None:
         self.flags.append(flag.name)
+
+    def clear_flag(self, flag: BuilderFlag) -> None:
+        if flag.name in self.flags:
+            self.flags.remove(flag.name)
 
     def set_memory_pool_limit(self, pool: MemoryPoolType, pool_size: int) -> None:
         self.pools[pool.name] = pool_size

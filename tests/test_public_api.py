@@ -59,6 +59,7 @@ def test_the_verbs_take_what_the_readme_promises() -> None:
         "detector",
         "threads",
         "verify",
+        "max_memory",
     ]
     assert list(inspect.signature(diffveil.Protector.recover).parameters)[:3] == [
         "self",

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from diffveil._version import __version__
 from diffveil.bundle import Bundle
+from diffveil.engines import BackendWarning
 from diffveil.errors import (
     BackendUnavailableError,
     BundleCorruptError,
@@ -41,6 +42,7 @@ from diffveil.result import FaceEmbeddings, Result
 __all__ = [
     "PRESETS",
     "BackendUnavailableError",
+    "BackendWarning",
     "Bundle",
     "BundleCorruptError",
     "BundleError",

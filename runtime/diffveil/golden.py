@@ -9,23 +9,31 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable
-from typing import Any, cast
+from functools import cached_property
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from diffveil.bundle import Bundle
-from diffveil.engines import Backend
+from diffveil.bundle import GOLDEN_FILE, Bundle
+from diffveil.engines import REFERENCE, Availability, Backend, Engine, Examine
 from diffveil.errors import BundleCorruptError, BundleError, EngineError
 from diffveil.parity import OutputParity, compare, describe
 from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES, TensorSpec
 
-__all__ = ["GOLDEN_FILE", "check_backend", "load_golden", "require_golden"]
+__all__ = [
+    "GOLDEN_FILE",
+    "GoldenCheck",
+    "check_backend",
+    "examiner",
+    "load_golden",
+    "require_golden",
+]
 
-GOLDEN_FILE = "golden.safetensors"
 _MAX_GOLDEN_BYTES = 256 << 20
 
 _Tensors = dict[str, NDArray[np.generic]]
+_Floats: TypeAlias = "NDArray[np.floating[Any]]"
 
 
 def load_golden(bundle: Bundle) -> _Tensors:
@@ -133,28 +141,71 @@ def check_backend(
         BundleError: There is no such program, or no golden data.
         EngineError: The backend cannot load or run a program.
     """
-    tensors = load_golden(bundle)
-    rows = []
+    golden = GoldenCheck(bundle)
+    rows: list[OutputParity] = []
     for name in bundle.manifest.programs if programs is None else programs:
-        entry = bundle.program(name)
+        bundle.program(name)
         if progress is not None:
             progress(name)
-        spec, count = ALL_PROGRAMS[name], _rows(tensors, name)
+        engine = backend.load(bundle, name)
+        try:
+            rows += golden.compare(engine)
+        finally:
+            engine.close()
+    return tuple(rows)
+
+
+class GoldenCheck:
+    """Judges engines one by one; golden data is read when the first one comes.
+
+    Args:
+        bundle: A bundle with golden data.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        self._bundle = bundle
+
+    @cached_property
+    def _tensors(self) -> _Tensors:
+        return load_golden(self._bundle)
+
+    def compare(self, engine: Engine) -> tuple[OutputParity, ...]:
+        """Run an engine on its program's golden inputs; one row an output.
+
+        Raises:
+            BundleError: The bundle has no golden data.
+            EngineError: The engine fails.
+        """
+        spec, entry = engine.program, self._bundle.program(engine.program.name)
+        count = _rows(self._tensors, spec.name)
         feed = {}
         for tensor in spec.inputs:
             # A matrix of pairs is cut in both dimensions.
             cut = tuple(slice(count if a in DYNAMIC_AXES else None) for a in tensor.axes)
-            feed[tensor.name] = np.ascontiguousarray(tensors[f"inputs.{tensor.name}"][cut])
-        engine = backend.load(bundle, name)
-        try:
-            outputs = engine.run(**feed)
-        finally:
-            engine.close()
-        for output in spec.outputs:
-            expected = cast("NDArray[np.floating[Any]]", tensors[f"outputs.{name}.{output.name}"])
-            actual = cast("NDArray[np.floating[Any]]", outputs[output.name])
-            rows.append(compare(name, output.name, count, expected, actual, entry.precision))
-    return tuple(rows)
+            feed[tensor.name] = np.ascontiguousarray(self._tensors[f"inputs.{tensor.name}"][cut])
+        outputs = engine.run(**feed)
+        return tuple(
+            compare(
+                spec.name,
+                output.name,
+                count,
+                cast(_Floats, self._tensors[f"outputs.{spec.name}.{output.name}"]),
+                cast(_Floats, outputs[output.name]),
+                entry.precision,
+            )
+            for output in spec.outputs
+        )
+
+    def require(self, engine: Engine) -> None:
+        """Refuse an engine that computes something else than the exporter's PyTorch did.
+
+        Raises:
+            BundleError: The bundle has no golden data.
+            EngineError: The engine fails, or an output is not within tolerance.
+        """
+        wrong = describe(self.compare(engine))
+        if wrong:
+            raise EngineError(f"it computes something else than PyTorch did: {wrong}")
 
 
 def require_golden(bundle: Bundle, backend: Backend) -> None:
@@ -171,3 +222,32 @@ def require_golden(bundle: Bundle, backend: Backend) -> None:
     wrong = describe(check_backend(bundle, backend))
     if wrong:
         raise EngineError(f"backend '{backend.name}' computes something else: {wrong}")
+
+
+def examiner(bundle: Bundle) -> Callable[[Backend], Examine | None]:
+    """What judges engines when they are loaded, for `Programs`.
+
+    The reference backend's are not judged: the exporter has held it against PyTorch.
+
+    Args:
+        bundle: A bundle; golden data is needed once another backend loads something.
+    """
+    check = GoldenCheck(bundle)
+    return lambda backend: None if backend.name == REFERENCE else check.require
+
+
+def judge_for(bundle: Bundle) -> Callable[[Backend], Availability]:
+    """What judges whole backends, for `select_backend`: every program is loaded and run once.
+
+    Args:
+        bundle: A bundle with golden data.
+    """
+
+    def judge(backend: Backend) -> Availability:
+        try:
+            require_golden(bundle, backend)
+        except (BundleError, EngineError) as error:
+            return Availability(False, str(error))
+        return Availability(True, f"every program of {bundle.name} computes what PyTorch computed")
+
+    return judge

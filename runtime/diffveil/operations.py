@@ -105,10 +105,14 @@ class FaceOperations:
 
     Args:
         programs: Programs of the bundle.
-        max_batch: Most rows of one program call; the variants of one face are never split.
+        max_batch: Most rows of one program call; the variants of one face are never split. By
+            default as many as pay, or as the backend's engines take.
     """
 
-    def __init__(self, programs: Programs, *, max_batch: int = MAX_BATCH) -> None:
+    def __init__(self, programs: Programs, *, max_batch: int | None = None) -> None:
+        if max_batch is None:
+            limit = programs.max_batch
+            max_batch = MAX_BATCH if limit is None else min(MAX_BATCH, limit)
         if max_batch < 1:
             raise OptionError(f"max_batch is {max_batch}, expected at least 1")
         self.programs = programs

@@ -132,9 +132,10 @@ def protect(
         photos = tuple(_pasted(scene, crops[:, v], mask) for v in range(protection.variants))
         done.append((photos, _key(operations, scene, photos, protection, faces, rows)))
     seconds = (time.perf_counter() - started) / max(len(scenes), 1)
-    backend = operations.programs.backend.name
+    programs, preset = operations.programs, protection.preset.name
+    backend, why = programs.backend.name, programs.why
     return [
-        Result(photos, scene.faces, key, backend, seconds, protection.preset.name)
+        Result(photos, scene.faces, key, backend, seconds, preset, why)
         for scene, (photos, key) in zip(scenes, done, strict=True)
     ]
 
@@ -223,5 +224,5 @@ def _key(
         photo_size=(scene.photo.height, scene.photo.width),
         pictures=tuple(picture_of(photo) for photo in photos),
         backend=operations.programs.backend.name,
-        precision=bundle.program("denoise").inputs[0].dtype,
+        precision=bundle.program("denoise").precision,
     )

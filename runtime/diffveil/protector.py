@@ -11,8 +11,16 @@ from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
 
+from diffveil.batching import MAX_BATCH
 from diffveil.bundle import Bundle
-from diffveil.engines import Backend, Programs, select_backend
+from diffveil.engines import (
+    AUTO,
+    Backend,
+    MemoryBudget,
+    Programs,
+    parse_memory,
+    select_backend,
+)
 from diffveil.errors import OptionError
 from diffveil.faces import Face, FaceDetector
 from diffveil.keys import RecoveryKey
@@ -76,6 +84,7 @@ class Protector:
         self.operations = FaceOperations(programs)
         self._detector = detector
         self._threads = threads
+        self._elsewhere: dict[str, FaceOperations | None] = {}
         self._lock = threading.Lock()
 
     @classmethod
@@ -87,34 +96,45 @@ class Protector:
         detector: FaceDetector | None = None,
         threads: int | None = None,
         verify: bool = False,
+        max_memory: int | str | None = None,
     ) -> Protector:
         """Open a bundle. Programs and the detector are loaded when they are first needed.
 
         Args:
             bundle: Folder of the bundle, or an opened one; by default the embedded one.
-            backend: Name of a backend or a backend of your own; by default the best one that this
-                machine can use.
+            backend: Name of a backend or a backend of your own. By default, and with `"auto"`, the
+                fastest that this machine can use and that computes what PyTorch did on the
+                bundle's golden inputs: each engine is held against them when it is loaded, and
+                when one fails, then or later, the next backend takes over with a
+                `BackendWarning`. A backend that is named is neither judged nor replaced.
             detector: Finds faces; by default CenterFace, which needs `diffveil[faces]`.
             threads: CPU threads of one program call; by default the CPUs this process may use. A
                 backend or detector of your own keeps its own setting.
-            verify: Run every program once on the bundle's golden inputs, and refuse a backend that
-                computes something else than the exporter's PyTorch did.
+            verify: Run every program once on the bundle's golden inputs now, on the reference
+                backend too, and refuse a backend that computes something else than the exporter's
+                PyTorch did.
+            max_memory: Memory for the programs, in bytes or such as `"1.5GiB"`: as many faces
+                go through them at once as fit by the bundle's own counts, and programs that are
+                not needed at the moment are unloaded. It is an estimate for one call at a time,
+                without the detector and what libraries take for themselves.
 
         Raises:
             BundleError: The bundle is missing, malformed or incomplete.
             BackendUnavailableError: No backend can be used, or not the one asked for.
             EngineError: `verify` found a difference; the message names program and output.
-            OptionError: There is no backend of that name, or `threads` is below one.
+            OptionError: There is no backend of that name, `threads` is below one, or not even one
+                face fits into `max_memory`.
         """
         if bundle is None or isinstance(bundle, str | os.PathLike):
             bundle = Bundle.load(None if bundle is None else os.fspath(bundle))
+        budget = None
+        if max_memory is not None:
+            budget = MemoryBudget.plan(bundle, parse_memory(max_memory), MAX_BATCH)
         if backend is None or isinstance(backend, str):
-            backend = select_backend(backend, bundle, threads=threads).require()
-        if verify:
-            from diffveil.golden import require_golden
-
-            require_golden(bundle, backend)
-        return cls(Programs(bundle, backend), detector=detector, threads=threads)
+            programs = _programs(bundle, backend or AUTO, threads, verify, budget)
+        else:
+            programs = _named(bundle, backend, verify, budget)
+        return cls(programs, detector=detector, threads=threads)
 
     def __enter__(self) -> Protector:
         return self
@@ -130,11 +150,21 @@ class Protector:
     def close(self) -> None:
         """Free the programs; later calls raise `EngineError`."""
         self.programs.close()
+        with self._lock:
+            others, self._elsewhere = self._elsewhere, {}
+        for operations in others.values():
+            if operations is not None:
+                operations.programs.close()
 
     @property
     def backend(self) -> str:
         """Name of the backend."""
         return self.programs.backend.name
+
+    @property
+    def backend_reason(self) -> str:
+        """Why it is that backend, in words."""
+        return self.programs.why
 
     @property
     def detector(self) -> FaceDetector:
@@ -306,6 +336,9 @@ class Protector:
     ) -> Any:
         """Put the original faces back: those that the key holds; all others stay protected.
 
+        The backend that made the keys is used where it is among those that can run here and none
+        was named; where another one runs, `Result.expected_loss` says what that costs.
+
         Args:
             photo: The protected photo as it was saved, or a lossless copy; or a sequence of photos.
             key: Its recovery key; or one for each photo of the sequence. Keys of several holders
@@ -339,8 +372,9 @@ class Protector:
                 f"key: received {len(keys)} keys for {len(sources)} photos, expected one each"
             )
         photos = [load_photo(source) for source in sources]
+        operations = self._operations_for(keys)
         results = recover(
-            self.operations, photos, keys, reencoded=reencoded, started=started, progress=progress
+            operations, photos, keys, reencoded=reencoded, started=started, progress=progress
         )
         return results[0] if single else results
 
@@ -407,6 +441,18 @@ class Protector:
         results = protect(self.operations, scenes, protection, started=started, progress=progress)
         return results[0] if is_one_photo(source) else results
 
+    def _operations_for(self, keys: Sequence[RecoveryKey]) -> FaceOperations:
+        """The operations on the backend that made the keys, or the usual ones."""
+        made_by = {key.backend for key in keys}
+        if len(made_by) != 1 or made_by == {self.backend}:
+            return self.operations
+        (name,) = made_by
+        with self._lock:
+            if name not in self._elsewhere:
+                programs = self.programs.preferring(name, "it made the key")
+                self._elsewhere[name] = None if programs is None else FaceOperations(programs)
+            return self._elsewhere[name] or self.operations
+
     def _scenes(self, source: Any, faces: Any, aligned: bool, on_missing: OnMissing) -> list[Scene]:
         """Photos of a call with their faces: one source, or several."""
         if is_one_photo(source):
@@ -420,3 +466,32 @@ class Protector:
             template=self.bundle.template,
             size=self.bundle.image_size,
         )
+
+
+def _programs(
+    bundle: Bundle, name: str, threads: int | None, verify: bool, budget: MemoryBudget | None
+) -> Programs:
+    """The programs on a named backend, or on the fastest with the others to fall back on."""
+    if name != AUTO:
+        chosen = select_backend(name, bundle, threads=threads).require()
+        return _named(bundle, chosen, verify, budget)
+    from diffveil.golden import examiner, judge_for
+
+    judge = judge_for(bundle) if verify else None
+    selection = select_backend(AUTO, bundle, threads=threads, judge=judge)
+    return Programs(
+        bundle,
+        selection.require(),
+        others=selection.others,
+        examine=examiner(bundle),
+        why=selection.why,
+        budget=budget,
+    )
+
+
+def _named(bundle: Bundle, backend: Backend, verify: bool, budget: MemoryBudget | None) -> Programs:
+    if verify:
+        from diffveil.golden import require_golden
+
+        require_golden(bundle, backend)
+    return Programs(bundle, backend, budget=budget)

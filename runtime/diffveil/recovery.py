@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 import numpy as np
 
@@ -21,7 +22,15 @@ from diffveil.result import Result
 from diffveil.sampling import Progress
 from diffveil.scenes import to_pixels
 
-__all__ = ["check_key", "recover"]
+__all__ = ["CROSS_BACKEND_LOSS", "check_key", "expected_loss", "recover"]
+
+CROSS_BACKEND_LOSS: Mapping[str, float] = MappingProxyType(
+    {"float32": 0.1, "float16": 0.1, "bfloat16": 1.0}
+)
+"""What recovery on another backend than the key's may cost, in dB of PSNR against the photo.
+
+By the precision that the bundle's denoiser computes in. `docs/engines.md` says what was measured.
+"""
 
 
 def recover(
@@ -85,11 +94,34 @@ def recover(
         for photo, key, own in zip(photos, keys, crops, strict=True)
     ]
     seconds = (time.perf_counter() - started) / max(len(photos), 1)
-    backend = operations.programs.backend.name
+    programs = operations.programs
     return [
-        Result((photo,), tuple(Face(f.box, f.landmarks) for f in key.faces), None, backend, seconds)
+        Result(
+            (photo,),
+            tuple(Face(f.box, f.landmarks) for f in key.faces),
+            key=None,
+            backend=programs.backend.name,
+            seconds=seconds,
+            backend_reason=programs.why,
+            expected_loss=expected_loss(operations, key),
+        )
         for photo, key in zip(recovered, keys, strict=True)
     ]
+
+
+def expected_loss(operations: FaceOperations, key: RecoveryKey) -> float | None:
+    """What recovery here may cost because another backend made the key.
+
+    Args:
+        operations: The operations, on the backend that recovers.
+        key: The key.
+
+    Returns:
+        dB of PSNR against the photo, an upper bound; None where the key's own backend runs.
+    """
+    if key.backend == operations.programs.backend.name:
+        return None
+    return CROSS_BACKEND_LOSS[operations.bundle.program("denoise").precision]
 
 
 def check_key(

@@ -33,9 +33,12 @@ class Result:
         key: What brings the faces back, the same for all variants; None when it was not asked for,
             when no face was found, and after recovery. It belongs to the variants, pixel by pixel,
             and to what `save` and `encode` have made of them: so save a JPEG first, then seal.
-        backend: Name of the backend that ran.
+        backend: Name of the backend that ran; the last one, if one failed on the way.
         seconds: Wall-clock time of the call, divided evenly among its photos.
         preset: Name of the preset; None after recovery, which follows the key.
+        backend_reason: Why it was that backend, in words.
+        expected_loss: After recovery on another backend than the key's: how much worse than there
+            the face may be, at most, in dB of PSNR; None otherwise.
     """
 
     photos: tuple[Photo, ...]
@@ -44,6 +47,8 @@ class Result:
     backend: str
     seconds: float
     preset: str | None = None
+    backend_reason: str = ""
+    expected_loss: float | None = None
 
     @cached_property
     def images(self) -> tuple[Image.Image, ...]:

@@ -28,7 +28,7 @@ from diffveil_export.engines.trt_api import PRESENT, Built, NativeOptions, Tenso
 
 __all__ = ["RECIPE", "BuildOptions", "BuildResult", "WeightForm", "build_engines"]
 
-RECIPE = 1
+RECIPE = 2
 """Revision of the way from program to engine: raise it when that way changes."""
 
 WeightForm = Literal["folded", "stored"]

@@ -12,7 +12,6 @@ The rest of the interface that is used here has the same names in all three.
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -22,12 +21,13 @@ from typing import Any
 
 from diffveil.engines.device import present_target
 from diffveil.engines.records import ShapeRange
+from diffveil.engines.tensorrt import MODULES, message_logger
 from diffveil.errors import BackendUnavailableError, EngineError, OptionError
 from diffveil_export.engines.progress import BuildProgress
 
 __all__ = ["BACKENDS", "PRESENT", "Built", "NativeOptions", "TensorRTBuilder", "load_builder"]
 
-BACKENDS = {"tensorrt-rtx": "tensorrt_rtx", "tensorrt": "tensorrt"}
+BACKENDS = MODULES
 """Module of each backend."""
 
 PRESENT = "present"
@@ -36,8 +36,6 @@ PRESENT = "present"
 _OLDEST = (10, 3)  # of TensorRT; TensorRT-RTX counts for itself
 _TARGET = re.compile(r"(?:sm_?)?([1-9][0-9]{1,2})|([1-9][0-9]?)\.([0-9])")
 _DTYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16"}
-_MAX_MESSAGES = 12
-_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -171,7 +169,7 @@ class TensorRTBuilder:
             EngineError: The parser or the builder refuses, with all that they said about it.
         """
         trt, self._messages = self.trt, []
-        logger = _logger(trt, self._messages)
+        logger = message_logger(trt, self._messages)
         builder = trt.Builder(logger)
         network = builder.create_network(_creation_flags(trt))
         parser = trt.OnnxParser(network, logger)
@@ -216,6 +214,8 @@ class TensorRTBuilder:
         for name, wanted in flags.items():
             if wanted:
                 config.set_flag(getattr(trt.BuilderFlag, name))
+        # float32 stays float32: TF32's ten bits would not stand the golden check, nor recovery.
+        config.clear_flag(trt.BuilderFlag.TF32)
         if self.ahead_of_time:
             config.num_compute_capabilities = 1
             capability = getattr(trt.ComputeCapability, target.upper())
@@ -275,27 +275,6 @@ def _creation_flags(trt: Any) -> int:
     # TensorRT 10 types weakly unless it is told not to; the others know nothing else.
     flag = getattr(getattr(trt, "NetworkDefinitionCreationFlag", None), "STRONGLY_TYPED", None)
     return 0 if flag is None else 1 << int(flag)
-
-
-def _logger(trt: Any, messages: list[str]) -> Any:
-    severities = trt.ILogger.Severity
-    levels = {severities.WARNING: logging.INFO, severities.INFO: logging.DEBUG}
-
-    class Logger(trt.ILogger):  # type: ignore[misc]
-        """Keeps what went wrong for the error to come."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (severities.ERROR, severities.INTERNAL_ERROR):
-                _log.debug("%s", message)
-                if len(messages) < _MAX_MESSAGES:
-                    messages.append(message.strip())
-            elif severity in levels:
-                _log.log(levels[severity], "%s", message)
-
-    return Logger()
 
 
 def _monitor(trt: Any, progress: BuildProgress) -> Any:

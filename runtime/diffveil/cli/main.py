@@ -272,6 +272,9 @@ def _add_machine(parser: argparse.ArgumentParser) -> None:
     machine = parser.add_argument_group("machine")
     machine.add_argument("--bundle", metavar="DIR", help="default: the embedded reference-128")
     machine.add_argument("--backend", metavar="NAME", help="default: the best one, see doctor")
+    machine.add_argument(
+        "--max-memory", metavar="SIZE", help="memory for the programs, such as 1.5GiB (an estimate)"
+    )
 
 
 def _count(text: str) -> int:

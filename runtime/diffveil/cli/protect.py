@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
 
     from diffveil.protector import Protector
 
-    protector = Protector.load(args.bundle, backend=args.backend)
+    protector = Protector.load(args.bundle, backend=args.backend, max_memory=args.max_memory)
     status: int = ExitCode.DONE
     for start in range(0, len(jobs), _TOGETHER):
         batch = jobs[start : start + _TOGETHER]

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     from diffveil.protector import Protector
 
-    protector = Protector.load(args.bundle, backend=args.backend)
+    protector = Protector.load(args.bundle, backend=args.backend, max_memory=args.max_memory)
     status: int = ExitCode.DONE
     for number, (job, paths) in enumerate(zip(jobs, keys, strict=True), start=1):
         label = "recover" if len(jobs) == 1 else f"recover {number} of {len(jobs)}"
@@ -76,6 +76,11 @@ def run(args: argparse.Namespace) -> int:
             else:
                 count = len(result.faces)
                 faces = f"{count} face{'s' if count != 1 else ''} in {result.seconds:.1f} s"
+                if result.expected_loss is not None:
+                    faces += (
+                        f" (the key was made on {key.backend}: up to {result.expected_loss:g} dB "
+                        f"worse on {result.backend})"
+                    )
                 bar.message(f"{job.source} -> {job.outputs[0]}: {faces}", sys.stdout)
     return status
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from diffveil.bundle import Bundle
 from diffveil.programs import ProgramSpec
 
-__all__ = ["Array", "Availability", "Backend", "Engine"]
+__all__ = ["Array", "Availability", "Backend", "BundleBackend", "Engine"]
 
 Array = NDArray[np.generic]
 
@@ -75,4 +75,13 @@ class Backend(Protocol):
             BundleCorruptError: A file of the program differs from its hash.
             EngineError: The backend refuses the program.
         """
+        ...
+
+
+@runtime_checkable
+class BundleBackend(Protocol):
+    """What a backend has beside `Backend` if not every bundle runs on it."""
+
+    def ready(self, bundle: Bundle) -> Availability:
+        """Whether the bundle holds what the backend needs, such as engines; never raises."""
         ...

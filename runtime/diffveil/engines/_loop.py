@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from typing import Protocol, TypeAlias, cast, runtime_checkable
 
@@ -10,8 +11,19 @@ import numpy as np
 
 from diffveil.engines._base import Array, Engine
 from diffveil.errors import EngineError
+from diffveil.programs import ProgramSpec
 
-__all__ = ["STEP_CARRY", "Carry", "Loop", "LoopingEngine", "PlainLoop", "loop_of"]
+__all__ = [
+    "STEP_CARRY",
+    "Carry",
+    "Loop",
+    "LoopingEngine",
+    "PlainLoop",
+    "Scheduled",
+    "WholeLoop",
+    "check_put",
+    "loop_of",
+]
 
 Carry: TypeAlias = Sequence[Sequence[str]]
 """Chains of names: an output, then the inputs that hold its last value, the one before, and so on.
@@ -48,6 +60,80 @@ class Loop(Protocol):
     def get(self, output: str) -> Array:
         """A copy of what the last call returned under that name."""
         ...
+
+
+@dataclass(frozen=True)
+class Scheduled:
+    """What one input is in each call of a loop.
+
+    Attributes:
+        values: Its different values, shaped and typed as the program declares.
+        order: Which of them each call takes.
+    """
+
+    values: tuple[Array, ...]
+    order: tuple[int, ...]
+
+
+@runtime_checkable
+class WholeLoop(Protocol):
+    """What a loop has beside `Loop` if all of its calls can be handed over at once.
+
+    It holds resources of the backend until it is closed.
+    """
+
+    def put(self, **inputs: Array) -> None:
+        """See `Loop.put`."""
+        ...
+
+    def run(self, schedule: Mapping[str, Scheduled], calls: int) -> None:
+        """Call the program that often and carry its outputs over, without waiting for any call.
+
+        Args:
+            schedule: What changes from call to call; all else was put.
+            calls: Number of calls; each of `schedule` has as many.
+
+        Raises:
+            EngineError: An input has no value, or is not as declared, or execution failed.
+        """
+        ...
+
+    def get(self, output: str) -> Array:
+        """A copy of what the last call returned under that name; waits for it."""
+        ...
+
+    def close(self) -> None:
+        """Give back what it holds."""
+        ...
+
+
+def check_put(
+    program: ProgramSpec, inputs: Mapping[str, Array], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Hold arrays that are put into a loop against the program's declaration.
+
+    Args:
+        program: The program.
+        inputs: Arrays by name.
+        shapes: Shape of every input.
+
+    Raises:
+        EngineError: Names, dtypes or shapes differ; all are named.
+    """
+    dtypes = {t.name: np.dtype(t.dtype) for t in program.inputs}
+    problems = []
+    for name, array in inputs.items():
+        if name not in dtypes:
+            problems.append(f"{name}: not an input")
+        elif array.shape != shapes[name] or array.dtype != dtypes[name]:
+            problems.append(
+                f"{name}: received {array.dtype} {list(array.shape)}, "
+                f"expected {dtypes[name]} {list(shapes[name])}"
+            )
+    if problems:
+        raise EngineError(
+            f"a loop of program '{program.name}' was fed wrongly: " + "; ".join(problems)
+        )
 
 
 @runtime_checkable

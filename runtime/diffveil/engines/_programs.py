@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from types import TracebackType
-from typing import cast
+from typing import TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
+from diffveil.engines._budget import MemoryBudget
 from diffveil.engines._loop import STEP_CARRY, Loop, loop_of
+from diffveil.engines._pool import EnginePool, Examine
 from diffveil.errors import EngineError
 
 __all__ = ["Programs"]
 
 _F32 = NDArray[np.float32]
+_T = TypeVar("_T")
 
 
 class Programs:
@@ -26,14 +29,36 @@ class Programs:
     Args:
         bundle: The bundle.
         backend: What executes its programs.
+        others: What executes them when that fails, best first; see `EnginePool`.
+        examine: Gives what judges the engines of a backend when they are loaded, or None.
+        why: Why that backend was chosen, in words.
+        budget: Memory to keep within.
     """
 
-    def __init__(self, bundle: Bundle, backend: Backend) -> None:
+    def __init__(
+        self,
+        bundle: Bundle,
+        backend: Backend,
+        *,
+        others: Sequence[Backend] = (),
+        examine: Callable[[Backend], Examine | None] | None = None,
+        why: str = "it was named",
+        budget: MemoryBudget | None = None,
+    ) -> None:
         self.bundle = bundle
-        self.backend = backend
-        self._engines: dict[str, Engine] = {}
-        self._lock = threading.Lock()
-        self._closed = False
+        self._backends = (backend, *others)
+        self._examine, self._budget = examine, budget
+        self._pool = EnginePool(bundle, self._backends, examine=examine, why=why, budget=budget)
+
+    @property
+    def backend(self) -> Backend:
+        """What executes the programs now."""
+        return self._pool.backend
+
+    @property
+    def why(self) -> str:
+        """Why it is that backend, in words."""
+        return self._pool.why
 
     def __enter__(self) -> Programs:
         return self
@@ -53,15 +78,47 @@ class Programs:
             EngineError: The backend cannot load it, or this object is closed.
             BundleCorruptError: A file of the program differs from its hash.
         """
-        engine = self._engines.get(program)
-        if engine is not None:
-            return engine
-        with self._lock:
-            if self._closed:
-                raise EngineError(f"the programs of bundle '{self.bundle.name}' are closed")
-            if program not in self._engines:
-                self._engines[program] = self.backend.load(self.bundle, program)
-            return self._engines[program]
+        return self._pool.engine(program)
+
+    @property
+    def max_batch(self) -> int | None:
+        """Most rows of one call that backend and memory allow; None where neither says."""
+        limits = [] if self._budget is None else [self._budget.rows]
+        ask = getattr(self.backend, "max_batch", None)
+        with suppress(EngineError):  # loading will say what is wrong, or fall back
+            limits += [] if ask is None else [int(ask(self.bundle))]
+        return min(limits, default=None)
+
+    def preferring(self, name: str, why: str) -> Programs | None:
+        """The same programs on another of the backends, with the others to fall back on.
+
+        Args:
+            name: The backend that is wanted.
+            why: Why, in words.
+
+        Returns:
+            Programs with engines of their own; None where this is not one of the backends, where
+            these are closed, and where memory is limited: it would be needed twice.
+        """
+        first = [b for b in self._backends if b.name == name]
+        if not first or self._pool.closed or self._budget is not None:
+            return None
+        others = [b for b in self._backends if b.name != name]
+        return Programs(
+            self.bundle,
+            first[0],
+            others=others,
+            examine=self._examine,
+            why=why,
+        )
+
+    def attempt(self, work: Callable[[], _T]) -> _T:
+        """Do work on loops or engines; again from its start when a backend fails.
+
+        Raises:
+            EngineError: It failed on the last backend.
+        """
+        return self._pool.attempt(work)
 
     def preload(self, programs: Iterable[str]) -> None:
         """Load engines now rather than at their first call."""
@@ -70,27 +127,23 @@ class Programs:
 
     def close(self) -> None:
         """Free all engines; later calls raise `EngineError`."""
-        with self._lock:
-            self._closed = True
-            engines, self._engines = self._engines, {}
-        for engine in engines.values():
-            engine.close()
+        self._pool.close()
 
     def encode(self, *, image: Array) -> _F32:
         """Scaled latent mean [B, C, s, s] of images [B, 3, S, S] in [-1, 1]."""
-        return self._only("latent", self.engine("encode").run(image=image))
+        return self._only("latent", self._pool.call("encode", image=image))
 
     def decode(self, *, latent: Array) -> _F32:
         """Images [B, 3, S, S], about [-1, 1] and not clipped, of latents [B, C, s, s]."""
-        return self._only("image", self.engine("decode").run(latent=latent))
+        return self._only("image", self._pool.call("decode", latent=latent))
 
     def embed(self, *, image: Array) -> _F32:
         """Stage tokens [B, 10, D] of images [B, 3, S, S] in [-1, 1]."""
-        return self._only("tokens", self.engine("embed").run(image=image))
+        return self._only("tokens", self._pool.call("embed", image=image))
 
     def expand(self, *, tokens: Array) -> _F32:
         """Conditioning [N, T, W] of tokens [N, D]."""
-        return self._only("conditioning", self.engine("expand").run(tokens=tokens))
+        return self._only("conditioning", self._pool.call("expand", tokens=tokens))
 
     def denoise(self, *, latent: Array, timestep: Array, conditioning: Array) -> _F32:
         """Noise [B, C, s, s] predicted in latents [B, C, s, s].
@@ -114,7 +167,7 @@ class Programs:
 
     def recognize(self, *, image: Array) -> _F32:
         """Unit identity embeddings [B, E] of images [B, 3, S, S] in [-1, 1]."""
-        return self._only("embedding", self.engine("recognize").run(image=image))
+        return self._only("embedding", self._pool.call("recognize", image=image))
 
     def parse(self, *, image: Array) -> _F32:
         """Probability [B, 1, S, S] that pixels of images [B, 3, S, S] in [-1, 1] are the face's.
@@ -122,7 +175,7 @@ class Programs:
         Raises:
             BundleError: The bundle has no program `parse`; see `can`.
         """
-        return self._only("face", self.engine("parse").run(image=image))
+        return self._only("face", self._pool.call("parse", image=image))
 
     def can(self, program: str) -> bool:
         """Whether the bundle has an optional program."""
@@ -190,16 +243,16 @@ class Programs:
         return loop_of(self.engine("step"), rows, STEP_CARRY)
 
     def _denoise(self, program: str, latent: Array, timestep: Array, conditioning: Array) -> _F32:
-        outputs = self.engine(program).run(
-            latent=latent, timestep=timestep, conditioning=conditioning
+        outputs = self._pool.call(
+            program, latent=latent, timestep=timestep, conditioning=conditioning
         )
         return self._only("epsilon", outputs)
 
     def _guide(
         self, program: str, x0: Array, anchor: Array, repel: Array, attract: Array, sibling: Array
     ) -> tuple[_F32, _F32, _F32]:
-        outputs = self.engine(program).run(
-            x0=x0, anchor=anchor, repel=repel, attract=attract, sibling=sibling
+        outputs = self._pool.call(
+            program, x0=x0, anchor=anchor, repel=repel, attract=attract, sibling=sibling
         )
         return (
             self._only("gradient", outputs),

@@ -7,22 +7,50 @@ from typing import Any
 import numpy as np
 
 from diffveil.engines._base import Array
-from diffveil.engines._loop import Carry
+from diffveil.engines._loop import Carry, check_put
 from diffveil.errors import EngineError
 from diffveil.programs import Dimensions, ProgramSpec, TensorSpec
 
-__all__ = ["BoundLoop"]
+__all__ = ["CPU", "BoundLoop", "DeviceBuffer", "shape_of"]
 
 
-class _Buffer:
-    """An array and ONNX Runtime's view of the same memory."""
+CPU: tuple[str, int] = ("cpu", 0)
+"""ONNX Runtime's name and number of the host as a device."""
 
-    def __init__(self, shape: tuple[int, ...], dtype: str) -> None:
+
+class DeviceBuffer:
+    """A tensor's memory on a device, and ONNX Runtime's view of it.
+
+    Args:
+        shape: Its shape.
+        dtype: NumPy name of its dtype.
+        device: ONNX Runtime's name and number of the device.
+    """
+
+    def __init__(self, shape: tuple[int, ...], dtype: str, device: tuple[str, int] = CPU) -> None:
         from onnxruntime import OrtValue
 
-        self.array: Array = np.zeros(shape, dtype=dtype)
-        # On the CPU this shares the array's memory, so writing to the array is all of the copying.
-        self.value: Any = OrtValue.ortvalue_from_numpy(self.array)
+        self.shape = shape
+        self._array: Array | None = None
+        if device == CPU:
+            # Shares the array's memory, so writing to the array is all of the copying.
+            self._array = np.zeros(shape, dtype=dtype)
+            self.value: Any = OrtValue.ortvalue_from_numpy(self._array)
+        else:
+            self.value = OrtValue.ortvalue_from_shape_and_type(
+                list(shape), np.dtype(dtype), *device
+            )
+
+    def write(self, array: Array) -> None:
+        """Copy an array of the buffer's shape and dtype into it."""
+        if self._array is not None:
+            np.copyto(self._array, array)
+        else:
+            self.value.update_inplace(np.ascontiguousarray(array))
+
+    def read(self) -> Array:
+        """A copy of what it holds."""
+        return np.array(self._array if self._array is not None else self.value.numpy())
 
 
 class BoundLoop:
@@ -32,19 +60,29 @@ class BoundLoop:
     one the next input's, and the last one takes the next output. So nothing moves but names.
 
     Args:
-        session: ONNX Runtime session of the program, on the CPU.
+        session: ONNX Runtime session of the program.
         program: Its declaration.
         dimensions: Sizes of the bundle's fixed axes.
         rows: Size of the dynamic axis.
         carry: How outputs become inputs.
+        device: Where the buffers lie, as ONNX Runtime names it.
+        options: ONNX Runtime's `RunOptions` of every call.
 
     Raises:
         EngineError: A graph's tensor is not of the dtype that the program declares.
     """
 
     def __init__(
-        self, session: Any, program: ProgramSpec, dimensions: Dimensions, rows: int, carry: Carry
+        self,
+        session: Any,
+        program: ProgramSpec,
+        dimensions: Dimensions,
+        rows: int,
+        carry: Carry,
+        device: tuple[str, int] = CPU,
+        options: Any = None,
     ) -> None:
+        self._options = options
         self._session, self._program, self._carry = session, program, carry
         inputs, outputs = session.get_inputs(), session.get_outputs()
         types = {"float32": "tensor(float)", "int64": "tensor(int64)"}
@@ -54,10 +92,10 @@ class BoundLoop:
             raise EngineError(f"program '{program.name}' cannot be bound: odd dtype of {odd}")
         self._inputs = {i.name for i in inputs}
         self._buffers = {
-            name: _Buffer(_shape(tensor, dimensions, rows), tensor.dtype)
+            name: DeviceBuffer(shape_of(tensor, dimensions, rows), tensor.dtype, device)
             for name, tensor in declared.items()
         }
-        self._results: dict[str, Array] = {}
+        self._results: dict[str, DeviceBuffer] = {}
         self._missing = set(self._inputs)
         self._binding = session.io_binding()
         for name in declared:
@@ -65,24 +103,10 @@ class BoundLoop:
 
     def put(self, **inputs: Array) -> None:
         """See `Loop.put`."""
-        wanted = {t.name for t in self._program.inputs}
-        problems = []
+        shapes = {name: buffer.shape for name, buffer in self._buffers.items()}
+        check_put(self._program, inputs, shapes)
         for name, array in inputs.items():
-            if name not in wanted:
-                problems.append(f"{name}: not an input")
-                continue
-            buffer = self._buffers[name].array
-            if array.shape != buffer.shape or array.dtype != buffer.dtype:
-                problems.append(
-                    f"{name}: received {array.dtype} {list(array.shape)}, "
-                    f"expected {buffer.dtype} {list(buffer.shape)}"
-                )
-        if problems:
-            raise EngineError(
-                f"a loop of program '{self._program.name}' was fed wrongly: " + "; ".join(problems)
-            )
-        for name, array in inputs.items():
-            np.copyto(self._buffers[name].array, array)
+            self._buffers[name].write(array)
         self._missing -= inputs.keys()
 
     def step(self) -> None:
@@ -92,10 +116,10 @@ class BoundLoop:
                 f"a loop of program '{self._program.name}' lacks {sorted(self._missing)}"
             )
         try:
-            self._session.run_with_iobinding(self._binding)
+            self._session.run_with_iobinding(self._binding, self._options)
         except Exception as error:  # ONNX Runtime's classes share no public base
             raise EngineError(f"program '{self._program.name}' failed: {error}") from error
-        self._results = {t.name: self._buffers[t.name].array for t in self._program.outputs}
+        self._results = {t.name: self._buffers[t.name] for t in self._program.outputs}
         for chain in self._carry:
             ring = [self._buffers[name] for name in chain]
             for name, buffer in zip(chain, (ring[-1], *ring[:-1]), strict=True):
@@ -106,7 +130,7 @@ class BoundLoop:
         """See `Loop.get`."""
         if output not in self._results:
             raise EngineError(f"'{output}' is no output of a call that was made")
-        return np.array(self._results[output])
+        return self._results[output].read()
 
     def _bind(self, name: str) -> None:
         value = self._buffers[name].value
@@ -116,5 +140,6 @@ class BoundLoop:
             self._binding.bind_ortvalue_output(name, value)
 
 
-def _shape(tensor: TensorSpec, dimensions: Dimensions, rows: int) -> tuple[int, ...]:
+def shape_of(tensor: TensorSpec, dimensions: Dimensions, rows: int) -> tuple[int, ...]:
+    """A tensor's shape in calls of that many rows."""
     return tuple(rows if isinstance(n, str) else n for n in tensor.shape(dimensions))

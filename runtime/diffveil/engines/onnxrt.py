@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +17,13 @@ from diffveil.engines.bound import BoundLoop
 from diffveil.errors import BackendUnavailableError, EngineError, OptionError
 from diffveil.programs import ALL_PROGRAMS, Dimensions, ProgramSpec, check_inputs
 
-__all__ = ["ONNXRuntimeCPU", "ONNXRuntimeEngine"]
+__all__ = [
+    "ONNXRuntimeCPU",
+    "ONNXRuntimeEngine",
+    "installed",
+    "open_session",
+    "session_options",
+]
 
 _INSTALL = "pip install 'diffveil[cpu]'"
 _log = logging.getLogger(__name__)
@@ -101,54 +108,105 @@ class ONNXRuntimeCPU:
 
     def available(self) -> Availability:
         """Whether ONNX Runtime is installed."""
-        if find_spec("onnxruntime") is None:
-            return Availability(False, f"onnxruntime is not installed: {_INSTALL}")
-        try:
-            import onnxruntime
-        except ImportError as error:
-            return Availability(False, f"onnxruntime cannot be imported ({error}): {_INSTALL}")
-        return Availability(True, f"onnxruntime {onnxruntime.__version__}")
+        return installed(_INSTALL)
 
     def load(self, bundle: Bundle, program: str) -> Engine:
         """Create the session of one program; see `Backend.load`."""
-        try:
-            import onnxruntime as ort
-        except ImportError as error:
-            raise BackendUnavailableError(f"backend 'cpu' needs onnxruntime: {_INSTALL}") from error
-        path = bundle.program_path(program)
-        spec = ALL_PROGRAMS[program]
-        try:
-            session = ort.InferenceSession(
-                os.fspath(path), sess_options=self.options(), providers=["CPUExecutionProvider"]
-            )
-        except Exception as error:  # ONNX Runtime's classes share no public base
-            hint = ""
-            if bundle.program(program).precision == "bfloat16":
-                hint = (
-                    "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
-                    "on a GPU, or export the model in float32 or float16"
-                )
-            raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
-        _log.debug("loaded program %s of %s on %s", program, bundle.name, self.name)
+        session, spec = open_session(
+            bundle, program, self.options, ["CPUExecutionProvider"], self.name, _INSTALL
+        )
         return ONNXRuntimeEngine(session, spec, bundle.dimensions)
 
     def options(self) -> Any:
         """ONNX Runtime's `SessionOptions` for every program."""
-        import onnxruntime as ort
+        return session_options(self.threads)
 
-        options = ort.SessionOptions()
-        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
-        options.intra_op_num_threads = self.threads or _usable_cpus()
-        options.inter_op_num_threads = 1
-        options.log_severity_level = 3  # errors only: warnings speak to graph authors
-        # The arena keeps the largest batch ever seen, for each program: hundreds of megabytes.
-        options.enable_cpu_mem_arena = False
-        # Weights are stored in int8 or fp16 to keep bundles small, and computed with in fp32:
-        # without this ONNX Runtime would keep DequantizeLinear nodes and run them every call.
-        options.add_session_config_entry("session.disable_quant_qdq", "1")
-        # Threads that spin between calls steal the CPU from the application around us.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        return options
+
+def installed(install: str) -> Availability:
+    """Whether ONNX Runtime is installed, and its version.
+
+    Args:
+        install: How to install it.
+    """
+    if find_spec("onnxruntime") is None:
+        return Availability(False, f"onnxruntime is not installed: {install}")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Availability(False, f"onnxruntime cannot be imported ({error}): {install}")
+    return Availability(True, f"onnxruntime {onnxruntime.__version__}")
+
+
+def open_session(
+    bundle: Bundle,
+    program: str,
+    options: Callable[[], Any],
+    providers: Sequence[Any],
+    backend: str,
+    install: str,
+) -> tuple[Any, ProgramSpec]:
+    """Create an ONNX Runtime session of one program.
+
+    Args:
+        bundle: The bundle.
+        program: The program.
+        options: Makes ONNX Runtime's `SessionOptions`.
+        providers: Execution providers as ONNX Runtime takes them.
+        backend: Name of the backend, for messages.
+        install: How to install it, for messages.
+
+    Returns:
+        The session and the program's declaration.
+
+    Raises:
+        BackendUnavailableError: ONNX Runtime is not installed.
+        BundleCorruptError: A file of the program differs from its hash.
+        EngineError: ONNX Runtime refuses the program.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise BackendUnavailableError(
+            f"backend '{backend}' needs onnxruntime: {install}"
+        ) from error
+    path = bundle.program_path(program)
+    try:
+        session = ort.InferenceSession(
+            os.fspath(path), sess_options=options(), providers=list(providers)
+        )
+    except Exception as error:  # ONNX Runtime's classes share no public base
+        hint = ""
+        if bundle.program(program).precision == "bfloat16":
+            hint = (
+                "; it computes in bfloat16, for which ONNX Runtime has few CPU kernels: run it "
+                "on a GPU, or export the model in float32 or float16"
+            )
+        raise EngineError(f"program '{program}' cannot be loaded: {error}{hint}") from error
+    _log.debug("loaded program %s of %s on %s", program, bundle.name, backend)
+    return session, ALL_PROGRAMS[program]
+
+
+def session_options(threads: int | None) -> Any:
+    """ONNX Runtime's `SessionOptions` for every program.
+
+    Args:
+        threads: CPU threads of a call; None: the CPUs that this process may use.
+    """
+    import onnxruntime as ort
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.intra_op_num_threads = threads or _usable_cpus()
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors only: warnings speak to graph authors
+    # The arena keeps the largest batch ever seen, for each program: hundreds of megabytes.
+    options.enable_cpu_mem_arena = False
+    # Weights are stored in int8 or fp16 to keep bundles small, and computed with in fp32:
+    # without this ONNX Runtime would keep DequantizeLinear nodes and run them every call.
+    options.add_session_config_entry("session.disable_quant_qdq", "1")
+    # Threads that spin between calls steal the CPU from the application around us.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
 
 
 def _usable_cpus() -> int:

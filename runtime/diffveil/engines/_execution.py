@@ -1,0 +1,81 @@
+"""An engine's execution context, for one batch size on one lane."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffveil.engines._lanes import Lane
+from diffveil.engines.records import EngineRecord
+from diffveil.errors import EngineError
+
+__all__ = ["Execution"]
+
+
+class Execution:
+    """An engine's execution context for one batch size on one lane.
+
+    Args:
+        trt: Module of the library.
+        engine: Its deserialised engine.
+        record: How the engine was built.
+        shapes: Shape of every input and output at that batch size.
+        lane: Stream and activation memory.
+
+    Raises:
+        EngineError: The library refuses.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        record: EngineRecord,
+        shapes: Mapping[str, tuple[int, ...]],
+        lane: Lane,
+    ) -> None:
+        self.lane, self._record = lane, record
+        self._size = int(engine.device_memory_size_v2)
+        self._context = _context(trt, engine)
+        if self._context is None:
+            raise EngineError(f"program '{record.program}': no execution context could be made")
+        for name in record.inputs:
+            if not self._context.set_input_shape(name, shapes[name]):
+                raise EngineError(f"program '{record.program}' refuses {name} {shapes[name]}")
+
+    def scratch(self) -> int:
+        """Give the context the lane's activation memory; its address is what graphs hold."""
+        memory = self.lane.scratch(self._size)
+        self._context.set_device_memory(memory.address, memory.size)
+        return memory.address
+
+    def bind(self, name: str, address: int) -> None:
+        """Say where a tensor lies in the calls to come."""
+        if not self._context.set_tensor_address(name, address):
+            raise EngineError(f"program '{self._record.program}' refuses the address of {name}")
+
+    def enqueue(self) -> None:
+        """Run the engine once in the stream's order."""
+        self.lane.device.activate()
+        if not self._context.execute_async_v3(self.lane.stream.handle):
+            raise EngineError(f"program '{self._record.program}' failed to be enqueued")
+
+    @property
+    def capturable(self) -> bool:
+        """Whether the library says that its work may be captured; where it cannot say, it may."""
+        ask = getattr(self._context, "is_stream_capturable", None)
+        return ask is None or bool(ask(self.lane.stream.handle))
+
+
+def _context(trt: Any, engine: Any) -> Any:
+    """An execution context that takes its activation memory from us."""
+    strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
+    specialise = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
+    if specialise is None:
+        return engine.create_execution_context(strategy)
+    # TensorRT-RTX would first run general kernels and compile others beside; a captured graph
+    # would keep the general ones for ever.
+    config = engine.create_runtime_config()
+    config.set_execution_context_allocation_strategy(strategy)
+    config.dynamic_shapes_kernel_specialization_strategy = specialise.EAGER
+    return engine.create_execution_context(config)

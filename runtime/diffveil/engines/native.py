@@ -1,0 +1,207 @@
+"""A TensorRT engine in execution: its contexts, buffers and captured graphs in one owner."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Hashable, Mapping
+from typing import Any, TypeVar
+
+import numpy as np
+
+from diffveil.engines._base import Array
+from diffveil.engines._cuda import Graph, Memory, Pinned
+from diffveil.engines._execution import Execution
+from diffveil.engines._lanes import Lane, Lanes
+from diffveil.engines._loop import Carry
+from diffveil.engines.bound import shape_of
+from diffveil.engines.native_loop import NativeLoop
+from diffveil.engines.records import EngineRecord
+from diffveil.errors import EngineError
+from diffveil.programs import Dimensions, ProgramSpec, check_inputs
+
+__all__ = ["NativeEngine"]
+
+_KEPT = 4
+"""Batch sizes of a lane for which an engine keeps buffers and graphs."""
+
+_K = TypeVar("_K", bound=Hashable)
+
+
+class _Bound:
+    """A program's buffers on the device and on the host for one batch size on one lane."""
+
+    def __init__(
+        self, execution: Execution, record: EngineRecord, shapes: Mapping[str, tuple[int, ...]]
+    ) -> None:
+        self._execution, self._record = execution, record
+        self._graph: Graph | None = None
+        self._scratch: int | None = None
+        device = execution.lane.device
+        self._host: dict[str, Pinned] = {}
+        self._memory: dict[str, Memory] = {}
+        for name, dtype in (*record.inputs.items(), *record.outputs.items()):
+            self._host[name] = device.pinned(shapes[name], dtype)
+            self._memory[name] = device.memory(self._host[name].array.nbytes)
+            execution.bind(name, self._memory[name].address)
+
+    def run(self, inputs: Mapping[str, Array], graphs: bool) -> dict[str, Array]:
+        stream = self._execution.lane.stream
+        for name in self._record.inputs:
+            np.copyto(self._host[name].array, inputs[name], casting="same_kind")
+        scratch = self._execution.scratch()
+        if scratch != self._scratch:
+            # First call, or a graph that would write to memory that is another's now.
+            self._graph, self._scratch = None, scratch
+            self._enqueue()
+        elif self._graph is None and graphs and self._execution.capturable:
+            with stream.capture() as made:
+                self._enqueue()
+            (self._graph,) = made
+            self._graph.launch(stream)
+        elif self._graph is not None:
+            self._graph.launch(stream)
+        else:
+            self._enqueue()
+        stream.wait()
+        return {name: np.array(self._host[name].array) for name in self._record.outputs}
+
+    def _enqueue(self) -> None:
+        stream = self._execution.lane.stream
+        for name in self._record.inputs:
+            self._memory[name].upload(self._host[name].array, stream)
+        self._execution.enqueue()
+        for name in self._record.outputs:
+            self._memory[name].download(self._host[name].array, stream)
+
+
+class NativeEngine:
+    """A program as a TensorRT or TensorRT-RTX engine.
+
+    Inputs and outputs go through page-locked memory. The first call at a batch size warms up, the
+    second captures copies and execution as one CUDA graph, later ones replay it and wait once.
+
+    Args:
+        trt: Module of the library.
+        engine: Its deserialised engine.
+        record: How it was built.
+        program: Declaration of the program.
+        dimensions: Sizes of the bundle's fixed axes.
+        lanes: Streams and memory that all engines of the backend share.
+        graphs: Whether to capture graphs.
+
+    Raises:
+        EngineError: Tensors of the engine are not those of the program.
+    """
+
+    def __init__(
+        self,
+        trt: Any,
+        engine: Any,
+        record: EngineRecord,
+        program: ProgramSpec,
+        dimensions: Dimensions,
+        lanes: Lanes,
+        *,
+        graphs: bool = True,
+    ) -> None:
+        wanted = {t.name for t in program.inputs}, {t.name for t in program.outputs}
+        if not record.inputs.keys() <= wanted[0] or record.outputs.keys() != wanted[1]:
+            raise EngineError(
+                f"program '{program.name}': the engine has inputs {sorted(record.inputs)} and "
+                f"outputs {sorted(record.outputs)}, expected {sorted(wanted[0])} and "
+                f"{sorted(wanted[1])}; build it again"
+            )
+        odd = sorted({*record.inputs.values(), *record.outputs.values()} - _HOST_TYPES)
+        if odd:
+            raise EngineError(f"program '{program.name}': NumPy has no {', '.join(odd)}")
+        self._trt, self._engine, self._record = trt, engine, record
+        self._program, self._dimensions = program, dimensions
+        self._lanes, self._graphs = lanes, graphs
+        self._lock = threading.Lock()
+        self._bound: OrderedDict[tuple[int, int], _Bound] = OrderedDict()
+        self._loops: OrderedDict[tuple[int, int], NativeLoop] = OrderedDict()
+
+    @property
+    def program(self) -> ProgramSpec:
+        """The program that this engine executes."""
+        return self._program
+
+    def run(self, **inputs: Array) -> dict[str, Array]:
+        """Execute the program once; see `Engine.run`."""
+        rows = check_inputs(self._program, inputs, self._dimensions)
+        shapes = self._shapes(rows)
+        with self._lanes.borrowed() as lane:
+            key = id(lane), rows
+            with self._lock:
+                bound = self._bound.pop(key, None)
+            if bound is None:
+                bound = _Bound(self._execution(shapes, lane), self._record, shapes)
+            outputs = bound.run(inputs, self._graphs)
+            self._keep(self._bound, key, bound)
+        return {t.name: outputs[t.name].astype(t.dtype, copy=False) for t in self._program.outputs}
+
+    def loop(self, rows: int, carry: Carry) -> NativeLoop:
+        """A loop whose tensors stay on the device; close it when its result has been read."""
+        shapes = self._shapes(rows)
+        lane = self._lanes.take()
+        try:
+            key = id(lane), rows
+            with self._lock:
+                loop = self._loops.pop(key, None)
+            if loop is None:
+                execution = self._execution(shapes, lane)
+                loop = NativeLoop(
+                    execution, self._record, self._program, shapes, carry, graphs=self._graphs
+                )
+
+            def done(loop: NativeLoop) -> None:
+                self._keep(self._loops, key, loop)
+                self._lanes.give(lane)
+
+            loop.begin(done)
+        except BaseException:
+            self._lanes.give(lane)
+            raise
+        return loop
+
+    def close(self) -> None:
+        """Free the engine's weights, buffers and graphs once no call uses them."""
+        with self._lock:
+            self._engine = None
+            self._bound.clear()
+            self._loops.clear()
+
+    def _keep(self, kept: OrderedDict[_K, Any], key: _K, value: Any) -> None:
+        with self._lock:
+            if self._engine is None:
+                return
+            kept[key] = value
+            while len(kept) > _KEPT:
+                kept.popitem(last=False)
+
+    def _execution(self, shapes: Mapping[str, tuple[int, ...]], lane: Lane) -> Execution:
+        engine = self._engine
+        if engine is None:
+            raise EngineError(f"the engine of program '{self._program.name}' is closed")
+        return Execution(self._trt, engine, self._record, shapes, lane)
+
+    def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor of a call with that many rows.
+
+        Raises:
+            EngineError: The engine was not built for so many, or it is closed.
+        """
+        if self._engine is None:
+            raise EngineError(f"the engine of program '{self._program.name}' is closed")
+        least = next(iter(self._record.profile.values())).min[0]
+        if not least <= rows <= self._record.max_batch:
+            raise EngineError(
+                f"the engine of program '{self._program.name}' takes {least} to "
+                f"{self._record.max_batch} rows, received {rows}; build it with another --batch"
+            )
+        tensors = (*self._program.inputs, *self._program.outputs)
+        return {t.name: shape_of(t, self._dimensions, rows) for t in tensors}
+
+
+_HOST_TYPES = frozenset({"float32", "float16", "int64", "int32"})

@@ -1,0 +1,220 @@
+"""A stand-in for running TensorRT engines: ONNX Runtime computes, on the memory of a fake device.
+
+An engine's bytes name an ONNX file. Execution is enqueued on a stream of `FakeDriver` and reads and
+writes the addresses that were bound when it was enqueued; it also fills its activation memory with
+rubbish, so that memory which is another's is found out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import enum
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from diffveil.bundle import Bundle
+from diffveil.engines.onnxrt import session_options
+from diffveil.engines.records import EngineRecord, ShapeRange, engine_folder, program_digest
+from diffveil.programs import ALL_PROGRAMS
+from diffveil_export.engines.profiles import BatchRange, profile_of
+from diffveil_export.engines.records import publish
+from fake_cuda import FakeDriver, Status
+from fake_tensorrt import ILogger, Severity
+
+__all__ = ["TARGET", "VERSION", "FakeTensorRT", "write_engines"]
+
+VERSION, TARGET = "9.9.9", "sm89"
+
+
+class Strategy(enum.Enum):
+    STATIC = 0
+    USER_MANAGED = 2
+
+
+class FakeTensorRT:
+    """The module.
+
+    Attributes:
+        engines: Engines that were deserialised.
+        refitted: ONNX files that engines were filled from.
+        contexts: Contexts that were made.
+        capturable: What contexts say about being captured; None: they cannot say.
+        refuse: Message with which deserialising fails, if any.
+    """
+
+    __version__ = VERSION
+    ILogger = ILogger
+    ExecutionContextAllocationStrategy = Strategy
+
+    def __init__(self, driver: FakeDriver, *, rtx: bool = True) -> None:
+        self.driver = driver
+        self.engines = self.contexts = 0
+        self.refitted: list[str] = []
+        self.capturable: bool | None = True
+        self.refuse = ""
+        self.refit_fails = False
+        if rtx:
+            self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
+
+    def Runtime(self, logger: Any) -> Any:
+        def deserialize(data: bytes) -> Any:
+            if self.refuse:
+                logger.log(Severity.ERROR, self.refuse)
+                return None
+            self.engines += 1
+            return _Engine(self, json.loads(data))
+
+        return SimpleNamespace(deserialize_cuda_engine=deserialize)
+
+    def Refitter(self, engine: Any, logger: Any) -> Any:
+        def refit() -> bool:
+            engine.filled = True
+            return True
+
+        return SimpleNamespace(refit_cuda_engine=refit)
+
+    def OnnxParserRefitter(self, refitter: Any, logger: Any) -> Any:
+        def read(path: str) -> bool:
+            if self.refit_fails:
+                logger.log(Severity.ERROR, "weights 'w' not found")
+                return False
+            self.refitted.append(Path(path).name)
+            return True
+
+        return SimpleNamespace(refit_from_file=read)
+
+
+class _Engine:
+    def __init__(self, trt: FakeTensorRT, content: dict[str, Any]) -> None:
+        self.trt, self.device_memory_size_v2 = trt, content["scratch"]
+        self.filled = not content["stripped"]
+        self.session = ort.InferenceSession(
+            content["onnx"], session_options(1), providers=["CPUExecutionProvider"]
+        )
+
+    def create_runtime_config(self) -> Any:
+        config = SimpleNamespace(strategy=None)
+
+        def choose(strategy: Strategy) -> None:
+            config.strategy = strategy
+
+        config.set_execution_context_allocation_strategy = choose
+        return config
+
+    def create_execution_context(self, how: Any) -> Any:
+        if isinstance(how, SimpleNamespace):
+            assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
+            how = how.strategy
+        assert how is Strategy.USER_MANAGED
+        self.trt.contexts += 1
+        context = _Context(self)
+        if self.trt.capturable is not None:
+            context.is_stream_capturable = lambda stream: self.trt.capturable
+        return context
+
+
+class _Context:
+    def __init__(self, engine: _Engine) -> None:
+        self._engine, self._driver = engine, engine.trt.driver
+        self._shapes: dict[str, tuple[int, ...]] = {}
+        self._addresses: dict[str, int] = {}
+        self._scratch = (0, 0)
+        self.is_stream_capturable: Any = None
+        del self.is_stream_capturable
+
+    def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name: str, address: int) -> bool:
+        assert address % 256 == 0
+        self._addresses[name] = address
+        return True
+
+    def set_device_memory(self, address: int, size: int) -> None:
+        assert size >= self._engine.device_memory_size_v2
+        self._scratch = address, size
+
+    def execute_async_v3(self, stream: int) -> bool:
+        addresses, scratch, session = dict(self._addresses), self._scratch, self._engine.session
+
+        def work() -> Status:
+            if not self._driver.valid(*scratch) or not self._engine.filled:
+                return Status.CUDA_ERROR_ILLEGAL_ADDRESS
+            feed = {}
+            for tensor in session.get_inputs():
+                dtype = np.dtype(_TYPES[tensor.type])
+                array = np.empty(self._shapes[tensor.name], dtype)
+                if not self._driver.valid(addresses[tensor.name], array.nbytes):
+                    return Status.CUDA_ERROR_ILLEGAL_ADDRESS
+                ctypes.memmove(array.ctypes.data, addresses[tensor.name], array.nbytes)
+                feed[tensor.name] = array
+            names = [o.name for o in session.get_outputs()]
+            outputs = session.run(names, feed)
+            ctypes.memset(scratch[0], 0xA5, scratch[1])
+            for name, array in zip(names, outputs, strict=True):
+                if not self._driver.valid(addresses[name], array.nbytes):
+                    return Status.CUDA_ERROR_ILLEGAL_ADDRESS
+                array = np.ascontiguousarray(array)
+                ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
+            return Status.CUDA_SUCCESS
+
+        return self._driver.on_stream(stream, work) == Status.CUDA_SUCCESS
+
+
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+
+
+def write_engines(
+    bundle: Bundle,
+    backend: str = "tensorrt-rtx",
+    *,
+    batch: tuple[int, ...] = (1, 4, 8),
+    scratch: int = 4096,
+    stripped: bool = False,
+    programs: tuple[str, ...] | None = None,
+) -> Path:
+    """Put engines of the fake library beside a bundle's manifest; the folder."""
+    folder = engine_folder(bundle, backend, VERSION, TARGET)
+    folder.mkdir(parents=True, exist_ok=True)
+    for position, name in enumerate(programs or bundle.manifest.programs):
+        path, spec = bundle.program_path(name), ALL_PROGRAMS[name]
+        content = {
+            "onnx": str(path),
+            "scratch": scratch * (1 + position),
+            "stripped": stripped,
+        }
+        data = json.dumps(content).encode()
+        entry = bundle.program(name)
+        inputs = {t.name: t.dtype for t in entry.inputs}
+        declared = {t.name: t.shape(bundle.dimensions) for t in spec.inputs if t.name in inputs}
+        network = {
+            n: [-1 if isinstance(a, str) else a for a in shape] for n, shape in declared.items()
+        }
+        profile: dict[str, ShapeRange] = profile_of(
+            spec, bundle.dimensions, BatchRange.of(batch), network
+        )
+        record = EngineRecord(
+            program=name,
+            program_sha256=program_digest(bundle, name),
+            backend=backend,
+            version=VERSION,
+            target=TARGET,
+            recipe=2,
+            profile=profile,
+            inputs=inputs,
+            outputs={t.name: t.dtype for t in entry.outputs},
+            flags={"weights": "folded", "strip_weights": stripped},
+            file=f"{name}.engine",
+            sha256=hashlib.sha256(data).hexdigest(),
+            bytes=len(data),
+            seconds=1.0,
+        )
+        publish(folder, record, data)
+    return folder

@@ -1,0 +1,486 @@
+"""Native engines: loops, buffers, streams, graphs and what they share, on a fake device.
+
+The device's memory is the host's and ONNX Runtime computes, so results are real; that a GPU and
+TensorRT behave as their documents say is for a GPU to show.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import diffveil.engines._cuda as cuda
+from diffveil.batching import MAX_BATCH
+from diffveil.bundle import Bundle
+from diffveil.engines import BackendWarning, ONNXRuntimeCPU, Programs, TensorRT, WholeLoop
+from diffveil.errors import BackendUnavailableError, EngineError, OptionError
+from diffveil.golden import require_golden
+from diffveil.noise import NoiseKey
+from diffveil.operations import FaceOperations
+from diffveil.presets import PRESETS
+from diffveil.protector import Protector
+from fake_cuda import FakeDriver, Status
+from fake_trt_runtime import TARGET, FakeTensorRT, write_engines
+
+PLAN = replace(PRESETS["balanced"].anonymize, steps=8)
+"""One gradient at every step, so that loops of `step` run it; short."""
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A bundle with program `step` and engines of every program. Read only."""
+    from diffveil_export.step import fuse_step
+
+    folder = tmp_path_factory.mktemp("engines") / "bundle"
+    bundle = fuse_step(Bundle.load(tiny_bundle_path), folder)
+    write_engines(bundle)
+    return bundle
+
+
+class Machine:
+    """A fake GPU, its driver and its TensorRT-RTX."""
+
+    def __init__(self, **options: Any) -> None:
+        self.driver = FakeDriver()
+        self.trt = FakeTensorRT(self.driver)
+        self.backend = TensorRT(
+            options.pop("name", "tensorrt-rtx"),
+            driver=self.driver,
+            import_module=lambda name: self.trt,
+            find_gpu=lambda ordinal: TARGET,
+            **options,
+        )
+
+    def count(self, function: str) -> int:
+        return self.driver.calls.get(function, 0)
+
+
+@pytest.fixture
+def machine() -> Iterator[Machine]:
+    machine = Machine()
+    yield machine
+    gc.collect()
+    assert machine.driver.used == 0, "device memory is left over"
+    assert not machine.driver.pinned
+    assert not machine.driver.graphs
+    assert not machine.driver.executables
+    assert not machine.driver.queues
+
+
+def crops(rng: np.random.Generator, faces: int) -> np.ndarray:
+    return rng.uniform(-1, 1, (faces, 3, 32, 32)).astype(np.float32)
+
+
+def test_every_program_computes_what_it_should(engines: Bundle, machine: Machine) -> None:
+    require_golden(engines, machine.backend)
+    assert machine.trt.engines == len(engines.manifest.programs)
+
+
+def test_calls_of_all_sizes_equal_onnx_runtimes(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    engine = machine.backend.load(engines, "decode")
+    plain = ONNXRuntimeCPU(1).load(engines, "decode")
+    kept = []
+    for rows in (2, 1, 2, 2, 8, 3, 4, 5, 2, 1, 1):
+        latent = rng.standard_normal((rows, 8, 4, 4)).astype(np.float32)
+        kept.append((engine.run(latent=latent)["image"], plain.run(latent=latent)["image"]))
+    for received, expected in kept:
+        np.testing.assert_array_equal(received, expected)
+    engine.close()
+
+
+def test_a_call_is_captured_once_and_waits_once(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    engine = machine.backend.load(engines, "recognize")
+    for _ in range(6):
+        engine.run(image=crops(rng, 2))
+    assert machine.count("cuStreamBeginCapture") == 1
+    assert machine.count("cuGraphLaunch") == 5
+    # The first call also waits before it takes activation memory.
+    assert machine.count("cuStreamSynchronize") == 6 + 1
+    assert machine.count("cuMemAlloc") == 3
+    engine.close()
+
+
+def test_a_graph_is_dropped_when_activation_memory_moves(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    """A larger program takes larger memory; graphs of smaller ones hold the old address."""
+    with Programs(engines, machine.backend) as programs:
+        plain = Programs(engines, ONNXRuntimeCPU(1))
+        image = crops(rng, 2)
+        for _ in range(3):
+            first = programs.encode(image=image)
+        latent = rng.standard_normal((2, 8, 4, 4)).astype(np.float32)
+        programs.decode(latent=latent)
+        np.testing.assert_array_equal(programs.encode(image=image), first)
+        np.testing.assert_array_equal(programs.encode(image=image), plain.encode(image=image))
+        assert machine.count("cuGraphInstantiate") == 2
+
+
+def test_programs_share_one_activation_memory(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    with Programs(engines, machine.backend) as programs:
+        image = crops(rng, 1)
+        programs.recognize(image=image)
+        before = machine.driver.used
+        programs.encode(image=image)
+        programs.embed(image=image)
+        # encode and embed need less than recognize: only their own tensors are added.
+        tensors = 2 * image.nbytes + 4 * (8 * 4 * 4 + 10 * 24)
+        assert machine.driver.used - before == tensors
+
+
+@pytest.mark.parametrize("graphs", [True, False])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_loop_equals_the_one_on_the_cpu(
+    graphs: bool, rows: int, engines: Bundle, rng: np.random.Generator
+) -> None:
+    machine = Machine(cuda_graphs=graphs)
+    noise = [NoiseKey.from_seed(i) for i in range(rows)]
+    plan = PLAN
+    with (
+        Programs(engines, machine.backend) as native,
+        Programs(engines, ONNXRuntimeCPU(1)) as plain,
+    ):
+        for _ in range(3):  # warm up, capture, replay
+            images = crops(rng, rows)
+            received, expected = (
+                FaceOperations(programs).anonymize(images, plan, keys=noise)
+                for programs in (native, plain)
+            )
+            np.testing.assert_allclose(received, expected, rtol=0, atol=1e-4)
+    assert (machine.count("cuGraphLaunch") > 0) == graphs
+
+
+def test_a_whole_loop_is_one_graph_and_never_waits(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    """One wait a loop, to read its result; the same loop again is one launch."""
+    plan, keys = PLAN, [NoiseKey.from_seed(0)]
+    with Programs(engines, machine.backend) as programs:
+        operations = FaceOperations(programs)
+        steps = len(plan.table(operations.schedule).steps)
+        assert steps > 4
+        waits, launches, done = [], [], []
+        for _ in range(4):
+            batch = operations.prepare(crops(rng, 1))
+            _ = batch.latents, batch.tokens, batch.identities
+            before = machine.count("cuStreamSynchronize"), machine.count("cuGraphLaunch")
+            operations.anonymize(batch, plan, keys=keys, progress=lambda i, n: done.append((i, n)))
+            waits.append(machine.count("cuStreamSynchronize") - before[0])
+            launches.append(machine.count("cuGraphLaunch") - before[1])
+        retracing = steps  # starts from the photo's own noise: ordinary calls of denoise
+        # Beside these: expand and decode once each, and the loop's result and its end.
+        assert waits[-1] <= retracing + 2 + 2
+        assert launches[-1] == retracing + 2 + 1
+        assert done[:steps] == [(i + 1, steps) for i in range(steps)]
+
+
+def test_a_handed_over_loop_equals_single_steps(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    """The same values put step by step and handed over at once, three times each."""
+    from diffveil.engines import Scheduled
+
+    shape = (2, 8, 4, 4)
+    still = {
+        "latent": rng.standard_normal(shape).astype(np.float32),
+        "previous": rng.standard_normal(shape).astype(np.float32),
+        "previous_epsilon": np.zeros(shape, np.float32),
+        "noise": rng.standard_normal(shape).astype(np.float32),
+        "background": rng.standard_normal(shape).astype(np.float32),
+        "mask": rng.uniform(0, 1, (2, 1, 4, 4)).astype(np.float32),
+        "anchor": np.eye(2, 20, dtype=np.float32),
+        "repel": np.ones(2, np.float32),
+        "attract": np.zeros(2, np.float32),
+        "sibling": np.zeros((2, 2), np.float32),
+        "release": np.full(2, 2, np.float32),
+        "normalise": np.ones(2, np.float32),
+        "conditioning": rng.standard_normal((2, 5, 24)).astype(np.float32),
+    }
+    times = (np.full(2, 900), np.full(2, 300))
+    coefficients = tuple(rng.uniform(0, 0.5, (2, 8)).astype(np.float32) for _ in range(3))
+    orders = {"timestep": (0, 0, 1, 1, 0), "coefficients": (0, 1, 2, 1, 0)}
+    values = {"timestep": times, "coefficients": coefficients}
+    with Programs(engines, machine.backend) as programs:
+        loop = programs.step_loop(2)
+        assert isinstance(loop, WholeLoop)
+        loop.put(**still)
+        for i in range(5):
+            loop.put(**{name: values[name][orders[name][i]] for name in orders})
+            loop.step()
+        expected = {name: loop.get(name) for name in ("next", "epsilon", "embedding")}
+        loop.close()
+        schedule = {name: Scheduled(values[name], orders[name]) for name in orders}
+        for _ in range(3):
+            again = programs.step_loop(2)
+            assert isinstance(again, WholeLoop)
+            again.put(**still)
+            again.run(schedule, 5)
+            for name, array in expected.items():
+                np.testing.assert_array_equal(again.get(name), array)
+            with pytest.raises(EngineError, match="lacks"):
+                again.run(schedule, 5)  # what was carried over is gone
+            again.close()
+        third = programs.step_loop(2)
+        assert isinstance(third, WholeLoop)
+        third.put(**still)
+        wrong = {**schedule, "timestep": Scheduled((np.zeros(3, np.int64),), (0,))}
+        with pytest.raises(EngineError, match=r"fed wrongly: timestep: received"):
+            third.run(wrong, 1)
+        third.close()
+
+
+@pytest.mark.parametrize("capturable", [None, False])
+def test_libraries_that_cannot_say_and_those_that_say_no(
+    capturable: bool | None, engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    machine.trt.capturable = capturable
+    engine = machine.backend.load(engines, "recognize")
+    image = crops(rng, 1)
+    results = [engine.run(image=image)["embedding"] for _ in range(3)]
+    assert all(np.array_equal(r, results[0]) for r in results)
+    assert (machine.count("cuGraphLaunch") > 0) == (capturable is None)
+    engine.close()
+
+
+def test_concurrent_calls_have_streams_of_their_own(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    engine = machine.backend.load(engines, "decode")
+    plain = ONNXRuntimeCPU(1).load(engines, "decode")
+    latents = rng.standard_normal((12, 2, 8, 4, 4)).astype(np.float32)
+    results: dict[int, np.ndarray] = {}
+
+    def work(start: int) -> None:
+        for i in range(start, len(latents), 4):
+            results[i] = engine.run(latent=latents[i])["image"]
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i, latent in enumerate(latents):
+        np.testing.assert_array_equal(results[i], plain.run(latent=latent)["image"])
+    assert machine.count("cuStreamCreate") <= 2
+    engine.close()
+
+
+FAULTS = {
+    "cuMemAlloc": Status.CUDA_ERROR_OUT_OF_MEMORY,
+    "cuMemHostAlloc": Status.CUDA_ERROR_OUT_OF_MEMORY,
+    "cuStreamCreate": Status.CUDA_ERROR_OUT_OF_MEMORY,
+    "cuMemcpyHtoDAsync": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
+    "cuMemcpyDtoHAsync": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
+    "cuStreamSynchronize": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
+    "cuStreamBeginCapture": Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+    "cuStreamEndCapture": Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+    "cuGraphInstantiate": Status.CUDA_ERROR_OUT_OF_MEMORY,
+    "cuGraphLaunch": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
+}
+
+
+@pytest.mark.parametrize("function", FAULTS)
+def test_whatever_the_driver_refuses_the_next_backend_takes_over(
+    function: str, engines: Bundle, rng: np.random.Generator
+) -> None:
+    machine, cpu = Machine(), ONNXRuntimeCPU(1)
+    plan, keys = PLAN, [NoiseKey.from_seed(0)]
+    image = crops(rng, 1)
+    with Programs(engines, cpu) as programs:
+        expected = FaceOperations(programs).anonymize(image, plan, keys=keys)
+    with Programs(engines, machine.backend, others=[cpu]) as programs:
+        operations = FaceOperations(programs)
+        if function != "cuStreamCreate":
+            operations.anonymize(image, plan, keys=keys)
+        machine.driver.fail[function] = FAULTS[function]
+        with pytest.warns(
+            BackendWarning, match=f"CUDA: {function} reports {FAULTS[function].name}"
+        ):
+            received = operations.anonymize(crops(rng, 2), plan, keys=keys * 2)
+        assert received.shape[0] == 2
+        assert programs.backend is cpu
+        np.testing.assert_array_equal(operations.anonymize(image, plan, keys=keys), expected)
+
+
+def test_a_failed_loop_gives_its_stream_back(engines: Bundle, rng: np.random.Generator) -> None:
+    machine = Machine(streams=1)
+    plan, keys = PLAN, [NoiseKey.from_seed(0)]
+    with Programs(engines, machine.backend) as programs:
+        operations = FaceOperations(programs)
+        batch = operations.prepare(crops(rng, 1))
+        machine.driver.fail["cuMemcpyHtoDAsync"] = Status.CUDA_ERROR_ILLEGAL_ADDRESS
+        for _ in range(3):
+            with pytest.raises(EngineError, match="ILLEGAL_ADDRESS"):
+                operations.anonymize(batch, plan, keys=keys)
+        del machine.driver.fail["cuMemcpyHtoDAsync"]
+        operations.anonymize(batch, plan, keys=keys)
+
+
+def test_engines_say_which_batches_they_take(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    engine = machine.backend.load(engines, "encode")
+    with pytest.raises(EngineError, match="takes 1 to 8 rows, received 9"):
+        engine.run(image=crops(rng, 9))
+    engine.close()
+    with pytest.raises(EngineError, match="closed"):
+        engine.run(image=crops(rng, 1))
+    protector = Protector(Programs(engines, machine.backend))
+    assert protector.operations.max_batch == 8 < MAX_BATCH
+    assert protector.operations.embed(crops(rng, 9)).shape == (9, 20)
+    protector.close()
+
+
+def test_two_parts_take_turns_on_one_stream(engines: Bundle, rng: np.random.Generator) -> None:
+    """More faces than a call takes, and a stream that only one loop can have."""
+    machine, plan = Machine(streams=1), PLAN
+    keys = [NoiseKey.from_seed(i) for i in range(3)]
+    images = crops(rng, 3)
+    results = []
+    for backend in (machine.backend, ONNXRuntimeCPU(1)):
+        with Programs(engines, backend) as programs:
+            results.append(FaceOperations(programs, max_batch=2).anonymize(images, plan, keys=keys))
+    np.testing.assert_allclose(*results, rtol=0, atol=1e-4)
+
+
+def test_it_says_what_is_missing(tiny_bundle: Bundle, engines: Bundle, machine: Machine) -> None:
+    assert machine.backend.available().why == f"tensorrt-rtx 9.9.9 on {TARGET}"
+    assert machine.backend.ready(engines)
+    assert "run `diffveil build" in machine.backend.ready(tiny_bundle).why
+
+    def gone(name: str) -> Any:
+        raise ImportError(f"no module named {name}")
+
+    absent = TensorRT("tensorrt", import_module=gone, find_gpu=lambda ordinal: TARGET)
+    assert "pip install 'diffveil[tensorrt]'" in absent.available().why
+    assert not absent.ready(engines)
+    with pytest.raises(BackendUnavailableError, match="tensorrt cannot be imported"):
+        absent.load(engines, "encode")
+    nowhere = TensorRT(import_module=lambda name: machine.trt, driver=machine.driver)
+    nowhere._find_gpu = lambda ordinal: None
+    assert "no NVIDIA GPU" in nowhere.available().why
+    with pytest.raises(BackendUnavailableError, match="no NVIDIA GPU"):
+        nowhere.load(engines, "encode")
+    with pytest.raises(OptionError, match=r"name.*device.*streams"):
+        TensorRT("abacus", device=-1, streams=0)
+
+
+def test_what_the_library_refuses_is_said_in_its_words(engines: Bundle, machine: Machine) -> None:
+    machine.trt.refuse = "The engine plan file is not compatible with this version"
+    with pytest.raises(EngineError, match="refuses the engine: The engine plan file"):
+        machine.backend.load(engines, "encode")
+
+
+@pytest.fixture
+def own_engines(engines: Bundle, tmp_path: Path) -> Bundle:
+    """A copy that may be changed, without engines."""
+    folder = tmp_path / "bundle"
+    shutil.copytree(engines.path, folder, ignore=shutil.ignore_patterns("engines"))
+    return Bundle.load(folder)
+
+
+def test_engines_without_weights_are_filled_from_the_bundle(
+    own_engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    write_engines(own_engines, stripped=True, programs=("recognize",))
+    engine = machine.backend.load(own_engines, "recognize")
+    assert machine.trt.refitted == ["recognize.onnx"]
+    image = crops(rng, 2)
+    expected = ONNXRuntimeCPU(1).load(own_engines, "recognize").run(image=image)
+    np.testing.assert_array_equal(engine.run(image=image)["embedding"], expected["embedding"])
+    engine.close()
+    machine.trt.refit_fails = True
+    with pytest.raises(EngineError, match=r"cannot fill the engine .* weights 'w' not found"):
+        machine.backend.load(own_engines, "recognize")
+
+
+def test_tensorrt_shares_the_code(own_engines: Bundle, rng: np.random.Generator) -> None:
+    machine = Machine(name="tensorrt")
+    machine.trt = FakeTensorRT(machine.driver, rtx=False)
+    write_engines(own_engines, "tensorrt", programs=("encode",))
+    engine = machine.backend.load(own_engines, "encode")
+    image = crops(rng, 1)
+    expected = ONNXRuntimeCPU(1).load(own_engines, "encode").run(image=image)
+    np.testing.assert_array_equal(engine.run(image=image)["latent"], expected["latent"])
+    engine.close()
+
+
+def test_the_real_bindings_have_every_name_that_is_called() -> None:
+    driver = pytest.importorskip("cuda.bindings.driver")
+    source = Path(cuda.__file__).read_text(encoding="utf-8")
+    functions = set(re.findall(r'"(cu[A-Z]\w+)"', source))
+    assert len(functions) > 20
+    assert all(callable(getattr(driver, name)) for name in functions)
+    assert driver.CUstream_flags.CU_STREAM_NON_BLOCKING is not None
+    assert driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL is not None
+    assert functions <= {name for name in dir(FakeDriver) if name.startswith("cu")}
+
+
+def test_the_real_library_has_every_name_that_is_called() -> None:
+    trt = pytest.importorskip("tensorrt_rtx")
+    for owner, names in {
+        trt.Runtime: ("deserialize_cuda_engine",),
+        trt.ICudaEngine: (
+            "create_execution_context",
+            "create_runtime_config",
+            "device_memory_size_v2",
+        ),
+        trt.IExecutionContext: (
+            "set_input_shape",
+            "set_tensor_address",
+            "set_device_memory",
+            "execute_async_v3",
+            "is_stream_capturable",
+        ),
+        trt.IRuntimeConfig: (
+            "set_execution_context_allocation_strategy",
+            "dynamic_shapes_kernel_specialization_strategy",
+        ),
+        trt.OnnxParserRefitter: ("refit_from_file",),
+        trt.Refitter: ("refit_cuda_engine",),
+    }.items():
+        assert all(hasattr(owner, name) for name in names), owner
+    assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
+    assert trt.DynamicShapesKernelSpecializationStrategy.EAGER is not None
+
+
+def test_without_a_driver_the_way_out_is_named() -> None:
+    try:
+        importlib.import_module("cuda.bindings.driver")
+    except ImportError:
+        with pytest.raises(BackendUnavailableError, match="cuda-bindings cannot be imported"):
+            cuda.Device()
+    else:
+        driver = FakeDriver()
+        driver.fail["cuInit"] = Status.CUDA_ERROR_INVALID_VALUE
+        with pytest.raises(BackendUnavailableError, match="no driver of an NVIDIA GPU"):
+            cuda.Device(driver=driver)
+
+
+def test_the_device_tells_about_itself() -> None:
+    device = cuda.Device(driver=FakeDriver(total=1 << 20))
+    assert (device.name, device.driver_version) == ("A fake GPU", "13.2")
+    memory = device.memory(1 << 19)
+    assert device.free_and_total() == (1 << 19, 1 << 20)
+    with pytest.raises(EngineError, match="OUT_OF_MEMORY; give max_memory"):
+        device.memory(1 << 20)
+    memory.close()
+    stream = device.stream()
+    first, second = stream.event(), stream.event()
+    assert second.milliseconds_since(first) > 0
