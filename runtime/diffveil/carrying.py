@@ -144,7 +144,9 @@ class CarriedFaces:
 
     def _maps(self, crops: _F32, keys: Sequence[NoiseKey]) -> list[KeyedMap]:
         if len(keys) != len(crops):
-            raise OptionError(f"received {len(keys)} keys for {len(crops)} faces, expected one each")
+            raise OptionError(
+                f"received {len(keys)} keys for {len(crops)} faces, expected one each"
+            )
         return [KeyedMap(key, self._size) for key in keys]
 
     def _flow(self, crops: _F32, progress: Progress | None) -> _Flow:

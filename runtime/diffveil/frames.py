@@ -21,7 +21,7 @@ __all__ = ["Frame"]
 _Matrix: TypeAlias = NDArray[np.float64]
 
 _SHIFT = 1 / 12  # of the crop's side, between neighbouring frames
-_SCALE = 1.15  # ratio of neighbouring frames' scales
+_SCALE = 1.2  # ratio of neighbouring frames' scales
 _ANGLE = math.radians(10.0)
 _BIAS = 2**31  # cells become numbers of at least 0
 
