@@ -69,8 +69,10 @@ class Frame:
             place = centre * _SCALE**k / max(photo_size) / _SHIFT
             for column, row in product(_around(float(place[0])), _around(float(place[1]))):
                 off = (place[0] - column, place[1] - row, exponent - k, angle / _ANGLE - turn)
-                found.append((math.hypot(*off), cls(column, row, k, turn)))
-        return iter([frame for _, frame in sorted(found, key=lambda pair: pair[0])])
+                # Each kind is rounded by itself: a place must not be bought with another scale.
+                farthest = max(map(abs, off))
+                found.append((farthest > 0.5, math.hypot(*off), cls(column, row, k, turn)))
+        return iter([frame for *_, frame in sorted(found, key=lambda entry: entry[:2])])
 
     def matrix(self, photo_size: tuple[int, int], size: int) -> _Matrix:
         """Photo to crop, float64 [2, 3]; arguments as of `nearest`."""
