@@ -6,6 +6,7 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
@@ -62,6 +63,8 @@ class _AnonymizeOptions(_Options, total=False):
 
     carry: bool
     secret: Secret | None
+    pseudonym: Secret | None
+    people: NDArray[np.float32] | None
 
 
 class Protector:
@@ -196,6 +199,8 @@ class Protector:
         progress: Progress | None = None,
         carry: bool = False,
         secret: Secret | None = None,
+        pseudonym: Secret | None = None,
+        people: NDArray[np.float32] | None = None,
     ) -> Any:
         """Replace faces by those of nobody: neither people nor machines recognise the person.
 
@@ -223,6 +228,12 @@ class Protector:
                 needs the photo and the secret alone. No preset applies.
             secret: With `carry`, what recovers the photo: a passphrase, 32 random bytes or a
                 `NoiseKey`.
+            pseudonym: A secret (as above) under which a person becomes the same new face in every
+                photo, and another under another secret. No preset applies.
+            people: With `pseudonym`, the people to tell apart: embeddings float32 [P, E], as
+                `embed` gives them, one or more of each person; a face that matches none is a person
+                of its own. Without, the faces of a call are matched with each other, so that what
+                a face becomes depends on the first photo that shows the person.
 
         Returns:
             A result; for a sequence, a list of results in the same order.
@@ -233,11 +244,16 @@ class Protector:
             OptionError: An argument is out of range.
             EngineError: A program cannot be loaded or failed.
         """
-        if carry:
+        if carry or pseudonym is not None:
             if variants != 1 or any(o is not None for o in (preset, steps, strength, seed)):
                 raise OptionError(
-                    "carry: variants, preset, steps, strength and seed do not apply to it"
+                    "variants, preset, steps, strength and seed do not apply to carry and pseudonym"
                 )
+            if carry and pseudonym is not None:
+                raise OptionError("carry and pseudonym: a face can be one of them, not both")
+        if people is not None and pseudonym is None:
+            raise OptionError("people: they are for pseudonym")
+        if carry:
             return self._carry(secret, source, faces, aligned, on_missing, progress)
         if secret is not None:
             raise OptionError(
@@ -252,6 +268,8 @@ class Protector:
             seed=seed,
             make_key=make_key,
         )
+        if pseudonym is not None:
+            protection = replace(protection, pseudonym=secret_key(pseudonym), people=people)
         return self._protect(protection, source, faces, aligned, on_missing, progress)
 
     @overload
