@@ -2,9 +2,9 @@
 
     python -m benchmarks.identities PEOPLE --recognizer NAME=FILE… [--independent NAME=FILE…]
 
-PEOPLE and recognizers are those of `benchmarks.quality`. The first photo of each person is enrolled,
-the following ones are probes. Rates are shares of pairs whose cosine exceeds that of `--far` of the
-impostor pairs of original photos. Measured are
+PEOPLE and recognizers are those of `benchmarks.quality`. The first photo of each person is
+enrolled, the following ones are probes. Rates are shares of pairs whose cosine exceeds that of
+`--far` of the impostor pairs of original photos. Measured are
 
 * pseudonyms: how often a probe is taken for its own person; whether two photos of a person become
   the same new face, photos of two people different ones, and the new face is not the old one;
