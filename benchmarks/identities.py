@@ -137,10 +137,10 @@ def main(argv: list[str] | None = None) -> int:
         found = protector.embed(photos, faces=[[p.face] for p in portraits])
         return np.concatenate([one.embeddings for one in found])
 
-    people = own(enrolled, [p.pixels for p in enrolled])
+    people = dict(zip(first, own(enrolled, [p.pixels for p in enrolled]), strict=True))
     before = own(probes, [p.pixels for p in probes])
     codes = nearest(before, people, protector.bundle.thresholds.get("0.01", 0.4))
-    known = [code_of(person) for person in people]
+    known = [code_of(name) for name in people]
     right = np.array([code == known[label] for code, label in zip(codes, labels, strict=True)])
     wrong = np.array([code in known for code in codes]) & ~right
     agree = np.array([[a == b for b in codes] for a in codes])

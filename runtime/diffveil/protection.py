@@ -21,7 +21,7 @@ from diffveil.photos import Photo
 from diffveil.plans import Plan, Preset
 from diffveil.presets import DEFAULT_PRESET
 from diffveil.presets import preset as preset_named
-from diffveil.pseudonyms import PSEUDONYM, Pseudonyms
+from diffveil.pseudonyms import PSEUDONYM, People, Pseudonyms
 from diffveil.result import Result
 from diffveil.sampling import Latent, Progress
 from diffveil.scenes import Scene, to_images, to_pixels
@@ -44,7 +44,7 @@ class Protection:
         noise: Key that the noise of every face is derived from.
         make_key: Whether to make recovery keys.
         pseudonym: Key that new faces are derived from, for pseudonyms; None for strangers.
-        people: Whom pseudonyms are told apart by, embeddings float32 [P, E]; None for nobody.
+        people: Whom pseudonyms are told apart by; None for nobody.
     """
 
     operation: Operation
@@ -53,7 +53,7 @@ class Protection:
     noise: NoiseKey
     make_key: bool
     pseudonym: NoiseKey | None = None
-    people: _F32 | None = None
+    people: People | None = None
 
     @classmethod
     def choose(

@@ -25,6 +25,7 @@ from diffveil.operations import FaceOperations
 from diffveil.photos import PhotoSource, load_photo
 from diffveil.plans import Preset
 from diffveil.protection import Protection, protect
+from diffveil.pseudonyms import People
 from diffveil.recovery import recover
 from diffveil.result import FaceEmbeddings, Result
 from diffveil.sampling import Progress
@@ -64,7 +65,7 @@ class _AnonymizeOptions(_Options, total=False):
     carry: bool
     secret: Secret | None
     pseudonym: Secret | None
-    people: NDArray[np.float32] | None
+    people: People | None
 
 
 class Protector:
@@ -200,7 +201,7 @@ class Protector:
         carry: bool = False,
         secret: Secret | None = None,
         pseudonym: Secret | None = None,
-        people: NDArray[np.float32] | None = None,
+        people: People | None = None,
     ) -> Any:
         """Replace faces by those of nobody: neither people nor machines recognise the person.
 
@@ -230,10 +231,10 @@ class Protector:
                 `NoiseKey`.
             pseudonym: A secret (as above) under which a person becomes the same new face in every
                 photo, and another under another secret. No preset applies.
-            people: With `pseudonym`, the people to tell apart: embeddings float32 [P, E], as
-                `embed` gives them, one or more of each person; a face that matches none is a person
-                of its own. Without, the faces of a call are matched with each other, so that what
-                a face becomes depends on the first photo that shows the person.
+            people: With `pseudonym`, the people to tell apart, by name: embeddings of each,
+                float32 [E] or [K, E], as `embed` gives them. What an enrolled person becomes
+                depends on name and secret. Faces that match nobody are matched with each other
+                within the call, and become what the first of them decides.
 
         Returns:
             A result; for a sequence, a list of results in the same order.

@@ -11,7 +11,7 @@ decoy.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
 import numpy as np
@@ -26,9 +26,11 @@ from diffveil.plans import Guidance, Plan
 from diffveil.samplers import dpm_solver
 from diffveil.sampling import Progress, run
 
-__all__ = ["PSEUDONYM", "Pseudonyms", "code_of", "nearest"]
+__all__ = ["PSEUDONYM", "People", "Pseudonyms", "code_of", "nearest"]
 
 _F32: TypeAlias = NDArray[np.float32]
+People: TypeAlias = Mapping[str, _F32]
+"""Enrolled people by name: embeddings of unit length of each, float32 [E] or [K, E]."""
 
 _THRESHOLD = 0.4  # of a match, where a bundle states none
 # Unconditional throughout, and all noise: a photo's own conditioning or latent would make the new
@@ -62,21 +64,19 @@ class Pseudonyms:
         self._operations = operations
         self._secret = secret.derive("diffveil/v1/pseudonym")
 
-    def codes(self, faces: FaceBatch, people: _F32 | None) -> list[int]:
+    def codes(self, faces: FaceBatch, people: People | None) -> list[int]:
         """The code of each face's person, by the bundle's recognizer at its FAR of 1 %.
 
         Args:
             faces: Aligned faces, N of them.
-            people: Enrolled, float32 [P, E]; None for nobody.
+            people: The enrolled; None for nobody.
 
         Raises:
             OptionError: The people are not such an array.
             EngineError: A program failed.
         """
         bundle = self._operations.bundle
-        if people is None:
-            people = np.empty((0, bundle.dimensions.embedding_width), dtype=np.float32)
-        return nearest(faces.identities, people, bundle.thresholds.get("0.01", _THRESHOLD))
+        return nearest(faces.identities, people or {}, bundle.thresholds.get("0.01", _THRESHOLD))
 
     def draw(
         self, faces: FaceBatch, codes: Sequence[int], *, progress: Progress | None = None
@@ -123,37 +123,43 @@ class Pseudonyms:
         return self._secret.derive("person", code)
 
 
-def code_of(person: _F32) -> int:
-    """The identity code of one of a list of people, an embedding float32 [E]: 256 bits."""
-    digest = hashlib.sha256(np.ascontiguousarray(person, dtype="<f4").tobytes()).digest()
-    return int.from_bytes(digest, "big")
+def code_of(person: str | _F32) -> int:
+    """The identity code of a person, 256 bits: of the name, or of an embedding float32 [E]."""
+    if isinstance(person, str):
+        material = b"name" + person.encode("utf-8", "surrogatepass")
+    else:
+        material = b"face" + np.ascontiguousarray(person, dtype="<f4").tobytes()
+    return int.from_bytes(hashlib.sha256(material).digest(), "big")
 
 
-def nearest(embeddings: _F32, people: _F32, threshold: float) -> list[int]:
+def nearest(embeddings: _F32, people: People, threshold: float) -> list[int]:
     """The code of each face's person.
 
-    A face that matches none of the people becomes one more of them, so that later faces of the
-    same call can match it.
+    A face that matches none of the people is a new person, whom later faces can match too.
 
     Args:
         embeddings: Faces, float32 [N, E], unit length.
-        people: Enrolled, float32 [P, E], unit length; P may be 0.
+        people: The enrolled.
         threshold: Least cosine of a match.
 
     Returns:
         A code a face.
 
     Raises:
-        OptionError: The people are not such an array.
+        OptionError: The people are not such arrays.
     """
     width = embeddings.shape[-1]
-    people = np.asarray(people)
-    if people.ndim != 2 or people.shape[1] != width or not np.isfinite(people).all():
-        raise OptionError(
-            f"people: received {list(people.shape)}, expected finite embeddings [P, {width}] as "
-            "Protector.embed gives them"
-        )
-    known = [person.astype(np.float32) for person in people]
+    known: list[_F32] = []
+    codes_known: list[int] = []
+    for name, own in people.items():
+        rows = np.atleast_2d(np.asarray(own, dtype=np.float32))
+        if rows.ndim != 2 or rows.shape[1] != width or not np.isfinite(rows).all():
+            raise OptionError(
+                f"people: received {list(rows.shape)}, expected finite embeddings [K, {width}] of "
+                "each person, as Protector.embed gives them"
+            )
+        known.extend(rows)
+        codes_known.extend([code_of(name)] * len(rows))
     codes = []
     for face in embeddings:
         cosines = np.array([face @ person for person in known])
@@ -161,5 +167,6 @@ def nearest(embeddings: _F32, people: _F32, threshold: float) -> list[int]:
         if best < 0 or cosines[best] < threshold:
             best = len(known)
             known.append(face)
-        codes.append(code_of(known[best]))
+            codes_known.append(code_of(face))
+        codes.append(codes_known[best])
     return codes

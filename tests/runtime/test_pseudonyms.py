@@ -20,23 +20,24 @@ def unit(rng: np.random.Generator, count: int, width: int = 7) -> np.ndarray:
 
 
 def test_faces_are_quantised_to_people(rng: np.random.Generator) -> None:
-    people = np.eye(7, dtype=np.float32)[:3]
-    faces = people[[2, 0, 2]] + 0.1 * unit(rng, 3)
-    assert nearest(faces, people, 0.5) == [code_of(people[i]) for i in (2, 0, 2)]
+    axes = np.eye(7, dtype=np.float32)
+    people = {"Ada": axes[0], "Bo": axes[1:3], "Cy": axes[3]}
+    faces = axes[[3, 0, 2, 1]] + 0.1 * unit(rng, 4)
+    assert nearest(faces, people, 0.5) == [code_of(name) for name in ("Cy", "Ada", "Bo", "Bo")]
     # Whoever is not enrolled is somebody too, and the same one the second time.
-    stranger = np.eye(7, dtype=np.float32)[[5, 6, 5]]
-    codes = nearest(stranger, people, 0.5)
-    assert codes == [code_of(stranger[0]), code_of(stranger[1]), code_of(stranger[0])]
-    nobody = np.empty((0, 7), dtype=np.float32)
-    assert nearest(stranger, nobody, 0.5) == codes
-    assert nearest(nobody, people, 0.5) == []
+    strangers = axes[[5, 6, 5]]
+    codes = nearest(strangers, people, 0.5)
+    assert codes == [code_of(axes[5]), code_of(axes[6]), code_of(axes[5])]
+    assert nearest(strangers, {}, 0.5) == codes
+    assert nearest(np.empty((0, 7), dtype=np.float32), people, 0.5) == []
+    assert len({*codes, *map(code_of, people)}) == 5
 
 
 def test_people_of_another_shape_are_an_error() -> None:
     faces = np.eye(7, dtype=np.float32)
-    for wrong in (np.zeros(7), np.zeros((2, 6)), np.full((1, 7), np.nan)):
+    for wrong in (np.zeros(6), np.zeros((2, 6)), np.zeros((1, 2, 7)), np.full((1, 7), np.nan)):
         with pytest.raises(OptionError, match=r"as Protector\.embed gives them"):
-            nearest(faces, wrong.astype(np.float32), 0.5)
+            nearest(faces, {"Ada": wrong.astype(np.float32)}, 0.5)
 
 
 def test_a_decoy_is_of_secret_and_code(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_anchors_must_fit(tmp_path: Path) -> None:
 
 
 def test_whole_photos(protector: Protector, portrait: Pixels, group: Pixels) -> None:
-    people = protector.embed(group).embeddings
+    people = dict(zip(("Ada", "Bo"), protector.embed(group).embeddings, strict=True))
     options = {"pseudonym": SECRET, "people": people}
     result = protector.anonymize(group, **options)  # type: ignore[arg-type]
     again = protector.anonymize([portrait, group], **options)[1]  # type: ignore[arg-type]
@@ -94,4 +95,4 @@ def test_what_does_not_go_together(protector: Protector, portrait: Pixels) -> No
     with pytest.raises(OptionError, match="not both"):
         protector.anonymize(portrait, pseudonym=SECRET, carry=True, secret=SECRET)
     with pytest.raises(OptionError, match="they are for pseudonym"):
-        protector.anonymize(portrait, people=np.zeros((1, 7), np.float32))
+        protector.anonymize(portrait, people={"Ada": np.zeros(7, np.float32)})
