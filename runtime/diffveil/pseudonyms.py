@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from diffveil.batching import in_chunks
+from diffveil.bundle import Bundle
 from diffveil.denoising import Denoiser
 from diffveil.errors import OptionError
 from diffveil.noise import NoiseKey
@@ -26,7 +27,7 @@ from diffveil.plans import Guidance, Plan
 from diffveil.samplers import dpm_solver
 from diffveil.sampling import Progress, run
 
-__all__ = ["PSEUDONYM", "People", "Pseudonyms", "code_of", "nearest"]
+__all__ = ["PSEUDONYM", "People", "Pseudonyms", "as_met", "code_of", "nearest"]
 
 _F32: TypeAlias = NDArray[np.float32]
 People: TypeAlias = Mapping[str, _F32]
@@ -75,8 +76,7 @@ class Pseudonyms:
             OptionError: The people are not such an array.
             EngineError: A program failed.
         """
-        bundle = self._operations.bundle
-        return nearest(faces.identities, people or {}, bundle.thresholds.get("0.01", _THRESHOLD))
+        return nearest(faces.identities, people or {}, _threshold(self._operations.bundle))
 
     def draw(
         self, faces: FaceBatch, codes: Sequence[int], *, progress: Progress | None = None
@@ -121,6 +121,15 @@ class Pseudonyms:
 
     def _key(self, code: int) -> NoiseKey:
         return self._secret.derive("person", code)
+
+
+def as_met(embeddings: Sequence[_F32], bundle: Bundle) -> People:
+    """The people whom faces show, [E] each, numbered in the order in which they are first met."""
+    people: dict[str, _F32] = {}
+    for face in embeddings:
+        if not any(face @ person >= _threshold(bundle) for person in people.values()):
+            people[f"person {len(people) + 1}"] = face
+    return people
 
 
 def code_of(person: str | _F32) -> int:
@@ -170,3 +179,7 @@ def nearest(embeddings: _F32, people: People, threshold: float) -> list[int]:
             codes_known.append(code_of(face))
         codes.append(codes_known[best])
     return codes
+
+
+def _threshold(bundle: Bundle) -> float:
+    return bundle.thresholds.get("0.01", _THRESHOLD)
