@@ -30,17 +30,6 @@ Frames = Callable[[_Pixels], Sequence[NDArray[np.float64]]]
 _TRIES = 8  # frames that a face is drawn in until the detector finds that very frame again
 
 
-@dataclass
-class _Try:
-    """One face on its way: the scene it is in, the frames to try, the crop drawn last."""
-
-    scene: int
-    frames: Iterator[Frame]
-    frame: Frame
-    crop: _Pixels
-    settled: bool = False
-
-
 def anonymize_carried(
     operations: FaceOperations,
     scenes: Sequence[Scene],
@@ -73,63 +62,22 @@ def anonymize_carried(
         EngineError: A program failed.
     """
     started = time.perf_counter() if started is None else started
-    carrier, size = CarriedFaces(operations), operations.bundle.image_size
-    tries = []
-    for index, scene in enumerate(scenes):
-        for matrix in scene.matrices:
-            frames = Frame.near(matrix, _size(scene.photo), size)
-            tries.append(_Try(index, frames, next(frames), np.empty(0, np.uint8)))
-    pixels = [scene.photo.pixels for scene in scenes]
+    album = _Album(operations, scenes, secret)
     for round_ in range(_TRIES):
-        pending = [one for one in tries if not one.settled]
+        pending = [one for one in album.faces if not one.settled]
         if not pending:
             break
-        if round_:
-            for one in pending:
-                one.frame = next(one.frames)
-        matrices = [_matrix(one, scenes, size) for one in pending]
-        crops = [
-            crop_face(scenes[one.scene].photo.pixels, matrix, size)
-            for one, matrix in zip(pending, matrices, strict=True)
-        ]
-        keys = [face_key(secret, one.frame) for one in pending]
-        drawn = carrier.conceal(
-            to_images(np.stack(crops)), keys, progress=None if round_ else progress
-        )
-        for one, crop in zip(pending, to_pixels(drawn), strict=True):
-            one.crop = crop
+        album.draw(pending, None if round_ else progress)
         for index in {one.scene for one in pending}:
-            own = [one for one in tries if one.scene == index]
-            scene = scenes[index]
-            pixels[index] = paste_faces(
-                scene.photo.pixels,
-                [one.crop for one in own],
-                [_matrix(one, scenes, size) for one in own],
-                carrier.mask,
-                match_colour=False,  # a shift of colour would be a message of its own
-            )
-            found = (
-                None
-                if find is None
-                else {
-                    Frame.nearest(matrix, _size(scene.photo), size)
-                    for matrix in find(pixels[index])
-                }
-            )
-            for one in own:
-                one.settled = found is None or one.frame in found
-    if not all(one.settled for one in tries):
+            album.paste(index)
+            album.settle(index, find)
+    if not all(one.settled for one in album.faces):
         raise NoFaceError(
             "carry: the detector does not find a new face again where it was drawn, so that it "
             "could not be recovered: nothing was protected. Keep a recovery key instead, or pass "
             "the faces yourself, here and to recover_carried"
         )
-    seconds = (time.perf_counter() - started) / max(len(scenes), 1)
-    backend = operations.programs.backend.name
-    return [
-        Result((scene.photo.with_pixels(new),), scene.faces, None, backend, seconds)
-        for scene, new in zip(scenes, pixels, strict=True)
-    ]
+    return _results(operations, scenes, album.pixels, started)
 
 
 def recover_carried(
@@ -171,26 +119,17 @@ def recover_carried(
     if crops:
         images = carrier.reveal(to_images(np.stack(crops)), keys, progress=progress)
         faces = iter(to_pixels(images))
-    photos: list[Photo] = []
-    for scene, own in zip(scenes, frames, strict=True):
-        matrices = [frame.matrix(_size(scene.photo), size) for frame in own]
-        photos.append(
-            scene.photo.with_pixels(
-                paste_faces(
-                    scene.photo.pixels,
-                    [next(faces) for _ in own],
-                    matrices,
-                    carrier.mask,
-                    match_colour=False,
-                )
-            )
+    pixels = [
+        paste_faces(
+            scene.photo.pixels,
+            [next(faces) for _ in own],
+            [frame.matrix(_size(scene.photo), size) for frame in own],
+            carrier.mask,
+            match_colour=False,
         )
-    seconds = (time.perf_counter() - started) / max(len(scenes), 1)
-    backend = operations.programs.backend.name
-    return [
-        Result((photo,), scene.faces, None, backend, seconds)
-        for photo, scene in zip(photos, scenes, strict=True)
+        for scene, own in zip(scenes, frames, strict=True)
     ]
+    return _results(operations, scenes, pixels, started)
 
 
 def face_key(secret: NoiseKey, frame: Frame) -> NoiseKey:
@@ -198,9 +137,80 @@ def face_key(secret: NoiseKey, frame: Frame) -> NoiseKey:
     return secret.derive("diffveil/v1/carry", *frame.indices)
 
 
+@dataclass
+class _Drawn:
+    """One face on its way: its scene, the frames to try, the one tried last and what it gave."""
+
+    scene: int
+    frames: Iterator[Frame]
+    frame: Frame | None = None
+    matrix: NDArray[np.float64] | None = None
+    crop: _Pixels | None = None
+    settled: bool = False
+
+
+class _Album:
+    """The photos of a call while their faces are drawn."""
+
+    def __init__(
+        self, operations: FaceOperations, scenes: Sequence[Scene], secret: NoiseKey
+    ) -> None:
+        self._carrier = CarriedFaces(operations)
+        self._side = operations.bundle.image_size
+        self._scenes = scenes
+        self._secret = secret
+        self.pixels = [scene.photo.pixels for scene in scenes]
+        self.faces = [
+            _Drawn(index, Frame.near(matrix, _size(scene.photo), self._side))
+            for index, scene in enumerate(scenes)
+            for matrix in scene.matrices
+        ]
+
+    def draw(self, faces: Sequence[_Drawn], progress: Progress | None) -> None:
+        """Draw faces, each in its next frame."""
+        crops, keys = [], []
+        for one in faces:
+            photo = self._scenes[one.scene].photo
+            one.frame = next(one.frames)
+            one.matrix = one.frame.matrix(_size(photo), self._side)
+            crops.append(crop_face(photo.pixels, one.matrix, self._side))
+            keys.append(face_key(self._secret, one.frame))
+        images = self._carrier.conceal(to_images(np.stack(crops)), keys, progress=progress)
+        for one, crop in zip(faces, to_pixels(images), strict=True):
+            one.crop = crop
+
+    def paste(self, index: int) -> None:
+        """Put all faces of one scene into its photo."""
+        own = [one for one in self.faces if one.scene == index]
+        self.pixels[index] = paste_faces(
+            self._scenes[index].photo.pixels,
+            [one.crop for one in own if one.crop is not None],
+            [one.matrix for one in own if one.matrix is not None],
+            self._carrier.mask,
+            match_colour=False,  # shifted colours would be another face's
+        )
+
+    def settle(self, index: int, find: Frames | None) -> None:
+        """Note which faces of one scene are found again in their own frames."""
+        size = _size(self._scenes[index].photo)
+        found = None
+        if find is not None:
+            found = {Frame.nearest(m, size, self._side) for m in find(self.pixels[index])}
+        for one in self.faces:
+            if one.scene == index:
+                one.settled = found is None or one.frame in found
+
+
+def _results(
+    operations: FaceOperations, scenes: Sequence[Scene], pixels: Sequence[_Pixels], started: float
+) -> list[Result]:
+    seconds = (time.perf_counter() - started) / max(len(scenes), 1)
+    backend = operations.programs.backend.name
+    return [
+        Result((scene.photo.with_pixels(new),), scene.faces, None, backend, seconds)
+        for scene, new in zip(scenes, pixels, strict=True)
+    ]
+
+
 def _size(photo: Photo) -> tuple[int, int]:
     return photo.height, photo.width
-
-
-def _matrix(one: _Try, scenes: Sequence[Scene], size: int) -> NDArray[np.float64]:
-    return one.frame.matrix(_size(scenes[one.scene].photo), size)
