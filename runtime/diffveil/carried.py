@@ -28,6 +28,8 @@ Frames = Callable[[_Pixels], Sequence[NDArray[np.float64]]]
 """Where a detector would crop the faces of a photo, uint8 [H, W, 3]: matrices photo to crop."""
 
 _TRIES = 8  # frames that a face is drawn in until the detector finds that very frame again
+_SURE = 5  # tries in which it shall be found so clearly that compression does not change that
+_SURE_WITHIN = 0.4  # of a step of the grid; ½ is where the next frame begins
 
 
 def anonymize_carried(
@@ -70,7 +72,7 @@ def anonymize_carried(
         album.draw(pending, None if round_ else progress)
         for index in {one.scene for one in pending}:
             album.paste(index)
-            album.settle(index, find)
+            album.settle(index, find, _SURE_WITHIN if round_ < _SURE else 0.5)
     if not all(one.settled for one in album.faces):
         raise NoFaceError(
             "carry: the detector does not find a new face again where it was drawn, so that it "
@@ -161,7 +163,7 @@ class _Album:
         self._secret = secret
         self.pixels = [scene.photo.pixels for scene in scenes]
         self.faces = [
-            _Drawn(index, Frame.near(matrix, _size(scene.photo), self._side))
+            _Drawn(index, _frames(matrix, scene.photo, self._side))
             for index, scene in enumerate(scenes)
             for matrix in scene.matrices
         ]
@@ -190,12 +192,12 @@ class _Album:
             match_colour=False,  # shifted colours would be another face's
         )
 
-    def settle(self, index: int, find: Frames | None) -> None:
-        """Note which faces of one scene are found again in their own frames."""
+    def settle(self, index: int, find: Frames | None, within: float) -> None:
+        """Note which faces of one scene are found again in, or close to, their own frames."""
         size = _size(self._scenes[index].photo)
         found = None
         if find is not None:
-            found = {Frame.nearest(m, size, self._side) for m in find(self.pixels[index])}
+            found = {Frame.within(m, size, self._side, within) for m in find(self.pixels[index])}
         for one in self.faces:
             if one.scene == index:
                 one.settled = found is None or one.frame in found
@@ -210,6 +212,12 @@ def _results(
         Result((scene.photo.with_pixels(new),), scene.faces, None, backend, seconds)
         for scene, new in zip(scenes, pixels, strict=True)
     ]
+
+
+def _frames(matrix: NDArray[np.float64], photo: Photo, side: int) -> Iterator[Frame]:
+    """Frames to try: the nearest, and when none of them was sure enough, these again."""
+    near = list(Frame.near(matrix, _size(photo), side))
+    return iter([*near[:_SURE], *near])
 
 
 def _size(photo: Photo) -> tuple[int, int]:

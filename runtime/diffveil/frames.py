@@ -56,8 +56,30 @@ class Frame:
         return next(cls.near(matrix, photo_size, size))
 
     @classmethod
+    def within(
+        cls, matrix: _Matrix, photo_size: tuple[int, int], size: int, share: float
+    ) -> Frame | None:
+        """The nearest frame if the crop is at most this share of a step from it, else None.
+
+        Other arguments are those of `nearest`; beyond a share of ½ another frame is nearer.
+        """
+        return next(
+            (f for far, _, f in cls._ranked(matrix, photo_size, size) if far <= share), None
+        )
+
+    @classmethod
     def near(cls, matrix: _Matrix, photo_size: tuple[int, int], size: int) -> Iterator[Frame]:
         """Frames around a crop, the nearest first; arguments as of `nearest`."""
+        # Each kind is rounded by itself: a place must not be bought with another scale.
+        ranked = cls._ranked(matrix, photo_size, size)
+        ranked.sort(key=lambda entry: (entry[0] > 0.5, entry[1]))
+        return iter([frame for *_, frame in ranked])
+
+    @classmethod
+    def _ranked(
+        cls, matrix: _Matrix, photo_size: tuple[int, int], size: int
+    ) -> list[tuple[float, float, Frame]]:
+        """Frames around a crop: steps away in the worst kind, in all kinds, and the frame."""
         scale = math.hypot(matrix[0, 0], matrix[1, 0])
         angle = math.atan2(matrix[1, 0], matrix[0, 0])
         middle = np.full(2, (size - 1) / 2.0)
@@ -69,10 +91,8 @@ class Frame:
             place = centre * _SCALE**k / max(photo_size) / _SHIFT
             for column, row in product(_around(float(place[0])), _around(float(place[1]))):
                 off = (place[0] - column, place[1] - row, exponent - k, angle / _ANGLE - turn)
-                # Each kind is rounded by itself: a place must not be bought with another scale.
-                farthest = max(map(abs, off))
-                found.append((farthest > 0.5, math.hypot(*off), cls(column, row, k, turn)))
-        return iter([frame for *_, frame in sorted(found, key=lambda entry: entry[:2])])
+                found.append((max(map(abs, off)), math.hypot(*off), cls(column, row, k, turn)))
+        return found
 
     def matrix(self, photo_size: tuple[int, int], size: int) -> _Matrix:
         """Photo to crop, float64 [2, 3]; arguments as of `nearest`."""

@@ -34,6 +34,10 @@ def test_a_detectors_error_does_not_matter(frame: Frame, off: list[float]) -> No
     turn = np.array([[c, -s], [s, c]]) @ exact[:, :2]
     matrix = np.concatenate([turn, (middle - turn @ centre)[:, None]], axis=1)
     assert Frame.nearest(matrix, photo, size) == frame
+    worst = max(map(abs, off))
+    assert Frame.within(matrix, photo, size, worst + 1e-6) == frame
+    if worst > 1e-3:
+        assert Frame.within(matrix, photo, size, worst - 1e-6) is None
 
 
 @given(FRAMES, st.sampled_from([0.5, 0.75, 2.0]))
