@@ -26,6 +26,7 @@ __all__ = [
     "MAX_RECIPIENTS",
     "MIN_PASSPHRASE_CHARACTERS",
     "Secret",
+    "check_passphrase",
     "generate_identity",
     "is_recipient",
     "load_pyrage",
@@ -37,6 +38,7 @@ MIN_PASSPHRASE_CHARACTERS = 8
 _MIN_DISTINCT_CHARACTERS = 4
 _MAX_PASSPHRASE_BYTES = 1024
 _MAX_IDENTITY_BYTES = 64 << 10
+_WEAK_HINT = " (or allow it: allow_weak_passphrase=True, --allow-weak-passphrase)."
 
 _IDENTITY = re.compile(r"AGE-SECRET-KEY-1[0-9A-Z]{58}")
 _RECIPIENT = re.compile(r"age1[0-9a-z]{58}")
@@ -200,6 +202,17 @@ def is_recipient(text: str) -> bool:
     return _RECIPIENT.fullmatch(text) is not None
 
 
+def check_passphrase(passphrase: str) -> None:
+    """Accept a passphrase that is hard enough to guess; there is no way round it here.
+
+    Raises:
+        OptionError: It is none, or a weak one; the message does not quote it.
+    """
+    problem = _passphrase_problem(passphrase, allow_weak=False)
+    if problem:
+        raise OptionError(problem.removesuffix(_WEAK_HINT))
+
+
 def _passphrase_problem(passphrase: str, allow_weak: bool) -> str | None:
     """Why this is no passphrase or, unless allowed, a weak one: a floor, not a measure."""
     if not isinstance(passphrase, str):
@@ -221,8 +234,8 @@ def _passphrase_problem(passphrase: str, allow_weak: bool) -> str | None:
     else:
         return None
     return (
-        f"The passphrase has {short}. Whoever gets the key file can guess at it without limit: use "
-        "several random words (or allow it: allow_weak_passphrase=True, --allow-weak-passphrase)."
+        f"The passphrase has {short}. Whoever gets the file can guess at it without limit: use "
+        "several random words" + _WEAK_HINT
     )
 
 

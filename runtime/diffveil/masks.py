@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from diffveil.errors import OptionError
 
-__all__ = ["face_mask", "latent_mask", "recovery_mask"]
+__all__ = ["cell_mask", "face_mask", "gaussian", "latent_mask", "recovery_mask", "smoothed_over"]
 
 Array: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.float32]
@@ -76,6 +76,57 @@ def latent_mask(mask: Mask, size: int) -> Mask:
         raise OptionError(f"mask: {list(mask.shape)} does not divide into {size}x{size} cells")
     cells = mask.reshape(size, mask.shape[0] // size, size, mask.shape[1] // size)
     return np.asarray(cells.mean(axis=(1, 3), dtype=np.float64), dtype=np.float32)
+
+
+def cell_mask(cells: NDArray[np.bool_], size: int) -> Mask:
+    """1 over the pixels of some latent cells, falling to 0 within the better part of a cell.
+
+    Args:
+        cells: The cells, bool [s, s]; none at the border.
+        size: Side S of the crop in pixels, a multiple of s.
+
+    Returns:
+        float32 [S, S], 0 … 1; exactly 0 along its border.
+    """
+    side = size // cells.shape[0]
+    pixels = np.kron(cells, np.ones((side, side))) > 0
+    grown = np.clip(gaussian(pixels.astype(np.float64), 0.35 * side) * 4.0, 0.0, 1.0)
+    mask = np.maximum(grown * grown * (3.0 - 2.0 * grown), pixels)
+    mask[mask < 0.02] = 0.0
+    mask[[0, -1], :] = 0.0
+    mask[:, [0, -1]] = 0.0
+    return np.asarray(mask, dtype=np.float32)
+
+
+def smoothed_over(crops: Mask, mask: Mask) -> Mask:
+    """Crops without what a mask covers: there, its surroundings smoothly continued.
+
+    Normalised convolution (Knutsson and Westin, CVPR 1993), with ever wider Gaussians where the
+    nearer ones see nothing.
+
+    Args:
+        crops: float32 [N, 3, S, S].
+        mask: float32 [S, S]; every pixel above zero is replaced.
+
+    Returns:
+        float32 [N, 3, S, S]; it does not depend on the replaced pixels.
+    """
+    known = (mask <= 0.0).astype(np.float64)
+    total = np.zeros(crops.shape, dtype=np.float64)
+    weight = np.zeros(mask.shape, dtype=np.float64)
+    for share, sigma in ((1.0, 1 / 32), (1e-3, 1 / 8), (1e-9, 1 / 2)):
+        width = sigma * mask.shape[0]
+        total += share * gaussian(crops * known, width)
+        weight += share * gaussian(known, width)
+    return np.where(known > 0.0, crops, total / weight).astype(np.float32)
+
+
+def gaussian(images: Array, sigma: float) -> Array:
+    """Images […, S, S] smoothed by a Gaussian of unit sum, dark beyond their borders."""
+    position = np.arange(images.shape[-1])
+    kernel = np.exp(-0.5 * ((position[:, None] - position) / sigma) ** 2)
+    kernel /= sigma * np.sqrt(2.0 * np.pi)
+    return np.asarray(kernel @ images @ kernel)
 
 
 def _ellipses(size: int, template: ArrayLike) -> tuple[Array, Array, Array]:

@@ -100,6 +100,10 @@ class NoiseKey:
         object.__setattr__(key, "_material", material)
         return key
 
+    def words(self, count: int) -> NDArray[np.uint32]:
+        """The beginning of the key's stream as `count` uniform words of 32 bits, uint32 [count]."""
+        return np.frombuffer(self._keystream(4 * count), dtype="<u4").astype(np.uint32)
+
     def _keystream(self, length: int) -> bytes:
         return chacha20_keystream(self._material, length)
 

@@ -170,6 +170,40 @@ class FaceOperations:
         """
         return self._protect("hide", "attract", crops, plan, keys, variants, progress)
 
+    def disguise(
+        self,
+        crops: Crops,
+        plan: Plan,
+        *,
+        anchors: _F32,
+        keys: Sequence[NoiseKey],
+        progress: Progress | None = None,
+    ) -> _F32:
+        """Faces that are led to other identities.
+
+        Args:
+            crops: Faces, float32 [N, 3, S, S] in [-1, 1], or a batch of them.
+            plan: Steps and guidance; its guidance attracts.
+            anchors: The identities, float32 [N, E], unit length.
+            keys: Noise key of each face. Faces that shall look alike may share one.
+            progress: Called after each step.
+
+        Returns:
+            Float32 [N, 3, S, S] in [-1, 1].
+
+        Raises:
+            OptionError: An argument is out of range, or the plan repels.
+            EngineError: A program failed.
+        """
+        faces = self._batch(crops)
+        if anchors.shape != (len(faces), self.bundle.dimensions.embedding_width):
+            raise OptionError(
+                f"disguise: anchors are {list(anchors.shape)}, expected one for each of "
+                f"{len(faces)} faces, {self.bundle.dimensions.embedding_width} wide"
+            )
+        images = self._protect("disguise", "attract", faces, plan, keys, 1, progress, anchors)
+        return images[:, 0]
+
     def invert(
         self,
         crops: Crops,
@@ -272,6 +306,7 @@ class FaceOperations:
         keys: Sequence[NoiseKey],
         variants: int,
         progress: Progress | None,
+        anchors: _F32 | None = None,
     ) -> _F32:
         faces = self._batch(crops)
         self._check_protect(operation, mode, plan, len(faces), len(keys), variants)
@@ -294,7 +329,7 @@ class FaceOperations:
         gradient = IdentityGuidance(
             self.programs,
             plan.guidance,
-            faces.identities,
+            faces.identities if anchors is None else anchors,
             variants=variants,
             max_batch=self.max_batch,
         )

@@ -23,6 +23,7 @@ from diffveil.pictures import picture_of
 from diffveil.plans import Plan, Preset
 from diffveil.presets import DEFAULT_PRESET
 from diffveil.presets import preset as preset_named
+from diffveil.pseudonyms import PSEUDONYM, People, Pseudonyms
 from diffveil.result import Result
 from diffveil.sampling import Latent, Progress
 from diffveil.scenes import Scene, to_images, to_pixels
@@ -34,7 +35,7 @@ Operation: TypeAlias = Literal["anonymize", "hide"]
 _F32: TypeAlias = NDArray[np.float32]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Protection:
     """What to do to photos, every choice made and checked.
 
@@ -44,6 +45,8 @@ class Protection:
         variants: Results for each photo.
         noise: Key that the noise of every face is derived from.
         make_key: Whether to make recovery keys.
+        pseudonym: Key that new faces are derived from, for pseudonyms; None for strangers.
+        people: Whom pseudonyms are told apart by; None for nobody.
     """
 
     operation: Operation
@@ -51,6 +54,8 @@ class Protection:
     variants: int
     noise: NoiseKey
     make_key: bool
+    pseudonym: NoiseKey | None = None
+    people: People | None = None
 
     @classmethod
     def choose(
@@ -84,6 +89,8 @@ class Protection:
     @property
     def plan(self) -> Plan:
         """The preset's numbers for the operation."""
+        if self.pseudonym is not None:
+            return PSEUDONYM
         return self.preset.anonymize if self.operation == "anonymize" else self.preset.hide
 
     def noise_keys(self, scene: Scene) -> Iterator[NoiseKey]:
@@ -172,14 +179,20 @@ def _run(
     if not crops:
         return None
     faces = operations.prepare(to_images(np.concatenate(crops)))
-    act = operations.anonymize if protection.operation == "anonymize" else operations.hide
-    images = act(
-        faces,
-        plan,
-        keys=[key for scene in scenes for key in protection.noise_keys(scene)],
-        variants=protection.variants,
-        progress=part_of(progress, 0, total),
-    )
+    told = part_of(progress, 0, total)
+    if protection.pseudonym is not None:
+        pseudonyms = Pseudonyms(operations, protection.pseudonym)
+        codes = pseudonyms.codes(faces, protection.people)
+        images = pseudonyms.draw(faces, codes, progress=told)[:, None]
+    else:
+        act = operations.anonymize if protection.operation == "anonymize" else operations.hide
+        images = act(
+            faces,
+            plan,
+            keys=[key for scene in scenes for key in protection.noise_keys(scene)],
+            variants=protection.variants,
+            progress=told,
+        )
     if not protection.make_key:
         return _Faces(images, None, None)
     tokens, latents = operations.invert(

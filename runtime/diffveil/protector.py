@@ -6,13 +6,17 @@ import os
 import threading
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, overload
 
 import numpy as np
+from numpy.typing import NDArray
 
+from diffveil.align import similarity
 from diffveil.batching import MAX_BATCH
 from diffveil.bundle import Bundle
+from diffveil.carried import anonymize_carried, recover_carried
 from diffveil.engines import (
     AUTO,
     Backend,
@@ -29,6 +33,7 @@ from diffveil.operations import FaceOperations
 from diffveil.photos import PhotoSource, load_photo
 from diffveil.plans import Preset
 from diffveil.protection import Protection, protect
+from diffveil.pseudonyms import People
 from diffveil.recovery import recover
 from diffveil.result import FaceEmbeddings, Result
 from diffveil.sampling import Progress
@@ -40,6 +45,7 @@ from diffveil.scenes import (
     several_photos,
     to_images,
 )
+from diffveil.secretkeys import Secret, secret_key
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -59,6 +65,15 @@ class _Options(TypedDict, total=False):
     on_missing: OnMissing
     make_key: bool
     progress: Progress | None
+
+
+class _AnonymizeOptions(_Options, total=False):
+    """Keyword arguments of `anonymize` alone."""
+
+    carry: bool
+    secret: Secret | None
+    pseudonym: Secret | None
+    people: People | None
 
 
 class Protector:
@@ -187,7 +202,7 @@ class Protector:
         source: PhotoSource,
         *,
         faces: Sequence[Face] | None = None,
-        **options: Unpack[_Options],
+        **options: Unpack[_AnonymizeOptions],
     ) -> Result: ...
 
     @overload
@@ -196,7 +211,7 @@ class Protector:
         source: Sequence[PhotoSource],
         *,
         faces: Sequence[Sequence[Face] | None] | None = None,
-        **options: Unpack[_Options],
+        **options: Unpack[_AnonymizeOptions],
     ) -> list[Result]: ...
 
     def anonymize(
@@ -213,6 +228,10 @@ class Protector:
         on_missing: OnMissing = "error",
         make_key: bool = True,
         progress: Progress | None = None,
+        carry: bool = False,
+        secret: Secret | None = None,
+        pseudonym: Secret | None = None,
+        people: People | None = None,
     ) -> Any:
         """Replace faces by those of nobody: neither people nor machines recognise the person.
 
@@ -236,6 +255,16 @@ class Protector:
             on_missing: What happens when a photo has no face: `"error"`, or `"keep"` it unchanged.
             make_key: Whether to make the recovery key; without, nobody gets the faces back.
             progress: Called as `progress(done, total)` after each step.
+            carry: The new faces carry the old ones: no recovery key is made, and `recover_carried`
+                needs the photo and the secret alone. No preset applies.
+            secret: With `carry`, what recovers the photo: a passphrase, 32 random bytes or a
+                `NoiseKey`.
+            pseudonym: A secret (as above) under which a person becomes the same new face in every
+                photo, and another under another secret. No preset applies.
+            people: With `pseudonym`, the people to tell apart, by name: embeddings of each,
+                float32 [E] or [K, E], as `embed` gives them. What an enrolled person becomes
+                depends on name and secret. Faces that match nobody are matched with each other
+                within the call, and become what the first of them decides.
 
         Returns:
             A result; for a sequence, a list of results in the same order.
@@ -246,6 +275,21 @@ class Protector:
             OptionError: An argument is out of range.
             EngineError: A program cannot be loaded or failed.
         """
+        if carry or pseudonym is not None:
+            if variants != 1 or any(o is not None for o in (preset, steps, strength, seed)):
+                raise OptionError(
+                    "variants, preset, steps, strength and seed do not apply to carry and pseudonym"
+                )
+            if carry and pseudonym is not None:
+                raise OptionError("carry and pseudonym: a face can be one of them, not both")
+        if people is not None and pseudonym is None:
+            raise OptionError("people: they are for pseudonym")
+        if carry:
+            return self._carry(secret, source, faces, aligned, on_missing, progress)
+        if secret is not None:
+            raise OptionError(
+                "secret: it is for carry; recovery keys are sealed after they are made"
+            )
         protection = Protection.choose(
             "anonymize",
             preset=preset,
@@ -255,6 +299,8 @@ class Protector:
             seed=seed,
             make_key=make_key,
         )
+        if pseudonym is not None:
+            protection = replace(protection, pseudonym=secret_key(pseudonym), people=people)
         return self._protect(protection, source, faces, aligned, on_missing, progress)
 
     @overload
@@ -426,6 +472,73 @@ class Protector:
             for scene, end in zip(scenes, ends, strict=True)
         ]
         return found[0] if is_one_photo(source) else found
+
+    def recover_carried(
+        self,
+        source: PhotoSource | Sequence[PhotoSource],
+        secret: Secret,
+        *,
+        faces: Any = None,
+        aligned: bool = False,
+        on_missing: OnMissing = "error",
+        progress: Progress | None = None,
+    ) -> Any:
+        """Put back the faces of photos that were anonymized with `carry`.
+
+        Nothing in a photo says whether it carries a face, nor whether the secret is the right one:
+        with another secret, or from another photo, faces of nobody come out, and no error.
+
+        Args:
+            source: The protected photo, of any size and compression; or a sequence of them.
+            secret: What it was anonymized with.
+            faces: As in `anonymize`, but found in the protected photo.
+            aligned: As in `anonymize`.
+            on_missing: As in `anonymize`.
+            progress: Called after each step.
+
+        Returns:
+            A result whose image shows the original faces; for a sequence, a list of them.
+
+        Raises:
+            PhotoError: A photo cannot be read.
+            NoFaceError: A photo has no face and `on_missing` is `"error"`.
+            OptionError: An argument is out of range.
+            EngineError: A program cannot be loaded or failed.
+        """
+        started = time.perf_counter()
+        key = secret_key(secret)
+        scenes = self._scenes(source, faces, aligned, on_missing)
+        results = recover_carried(self.operations, scenes, key, started=started, progress=progress)
+        return results[0] if is_one_photo(source) else results
+
+    def _carry(
+        self,
+        secret: Secret | None,
+        source: Any,
+        faces: Any,
+        aligned: bool,
+        on_missing: OnMissing,
+        progress: Progress | None,
+    ) -> Result | list[Result]:
+        if secret is None:
+            raise OptionError("carry needs the secret that recovers the photo: give secret")
+        started = time.perf_counter()
+        key = secret_key(secret)
+        scenes = self._scenes(source, faces, aligned, on_missing)
+        results = anonymize_carried(
+            self.operations,
+            scenes,
+            key,
+            find=None if aligned or faces is not None else self._frames,
+            started=started,
+            progress=progress,
+        )
+        return results[0] if is_one_photo(source) else results
+
+    def _frames(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
+        """Where the detector would crop, photo to crop."""
+        found = self.detector.detect(pixels)
+        return [similarity(face.landmarks, self.bundle.template) for face in found]
 
     def _protect(
         self,

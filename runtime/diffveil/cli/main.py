@@ -12,6 +12,7 @@ from diffveil._version import __version__
 from diffveil.cli import build as _build
 from diffveil.cli import distill as _distill
 from diffveil.cli import fuse as _fuse
+from diffveil.cli import identities as _identities
 from diffveil.cli import key as _key
 from diffveil.cli import verify as _verify
 from diffveil.cli.exits import ExitCode, exit_code_of
@@ -52,6 +53,10 @@ examples:
       for scripts: no question, one JSON object a photo
   diffveil anonymize portrait.jpg --variants 4 --seed 7
       four different strangers, portrait-anonymized-1.jpg … -4.jpg, the same at every run
+  diffveil anonymize group.jpg --carry
+      no key file: the new faces carry the old ones, and the passphrase alone recovers them
+  diffveil anonymize album/ -o out/ --pseudonym secret.txt --people team/
+      Ada in team/ada.jpg becomes the same stranger in every photo of album/
 """,
     "hide": """\
 examples:
@@ -71,8 +76,11 @@ examples:
       identity opens
   diffveil recover group.jpg --key ann.veilkey --key bob.veilkey --identity both.agekey
       two faces whose keys were split; all others stay protected
+  diffveil recover group-anonymized.png --carry
+      a photo that carries its faces
 A wrong passphrase or identity ends with status 4 and writes nothing: there is no wrong face. A key
-of another picture, or of this one after lossy encoding, ends with status 5 (see --reencoded).
+of another picture, or of this one after lossy encoding, ends with status 5 (see --reencoded). With
+--carry nothing tells a wrong passphrase from the right one: it gives the faces of strangers.
 """,
     "inspect": """\
 examples:
@@ -163,7 +171,9 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
         command.set_defaults(module=f"diffveil.cli.{module}")
         return command
 
-    _add_protection(add("anonymize", "protect", "make every face a stranger's"))
+    anonymize = add("anonymize", "protect", "make every face a stranger's")
+    _add_protection(anonymize)
+    _identities.add_arguments(anonymize)
     _add_protection(add("hide", "protect", "change faces for people, not for the recognizer"))
     _add_recovery(add("recover", "recover", "give the faces back, with their key"))
 
@@ -238,13 +248,20 @@ def _add_protection(parser: argparse.ArgumentParser) -> None:
 def _add_recovery(parser: argparse.ArgumentParser) -> None:
     _add_files(parser, "PROTECTED", "protected photos, globs or folders")
     opening = parser.add_argument_group("recovery key")
-    opening.add_argument(
+    way = opening.add_mutually_exclusive_group(required=True)
+    way.add_argument(
         "--key",
         metavar="KEYFILE",
-        required=True,
         action="append",
         help="the photo's key file (several, if several people hold its faces), or a folder of "
         "keys named after the photos",
+    )
+    way.add_argument(
+        "--carry",
+        dest="module",
+        action="store_const",
+        const="diffveil.cli.carried",
+        help="no key file: the photos carry their faces, see anonymize --carry",
     )
     add_opening(opening)
     opening.add_argument(

@@ -6,8 +6,9 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
+from diffveil.cli import identities
 from diffveil.cli.exits import ExitCode, UsageError, WriteError
 from diffveil.cli.paths import Job, find_photos, output_folder, plan_jobs, plan_keys
 from diffveil.cli.progress import ProgressBar
@@ -38,11 +39,15 @@ def run(args: argparse.Namespace) -> int:
     """
     photos = find_photos(args.photos, exclude=output_folder(args.output))
     jobs = plan_jobs(photos, args.output, tag=TAGS[args.command], variants=args.variants)
+    secret_of_people = identities.plan(args)
     keys, secret = _plan_sealing(args, jobs)
 
     from diffveil.protector import Protector
 
     protector = Protector.load(args.bundle, backend=args.backend, max_memory=args.max_memory)
+    more: dict[str, Any] = {}
+    if secret_of_people is not None:
+        more = identities.options(args, secret_of_people, protector, [job.source for job in jobs])
     status: int = ExitCode.DONE
     for start in range(0, len(jobs), _TOGETHER):
         batch = jobs[start : start + _TOGETHER]
@@ -50,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
         if len(jobs) > _TOGETHER:
             label += f" {start + 1}-{start + len(batch)} of {len(jobs)}"
         with ProgressBar(label) as bar:
-            outcomes = _protect(args, protector, [job.source for job in batch], bar)
+            outcomes = _protect(args, protector, [job.source for job in batch], bar, more)
             for offset, (job, outcome) in enumerate(zip(batch, outcomes, strict=True)):
                 try:
                     if isinstance(outcome, Exception):
@@ -68,7 +73,8 @@ def _plan_sealing(
     args: argparse.Namespace, jobs: Sequence[Job]
 ) -> tuple[Sequence[Path | None], Secret | None]:
     if args.key is None:
-        if args.sealing_file or args.recipient:
+        carried = args.command == "anonymize" and args.carry
+        if (args.sealing_file and not carried) or args.recipient:
             raise UsageError("--passphrase-file and --recipient seal a key: add --key KEYFILE")
         return [None] * len(jobs), None
     # Whatever would be refused when sealing is refused here, before anything is computed.
@@ -76,7 +82,11 @@ def _plan_sealing(
 
 
 def _protect(
-    args: argparse.Namespace, protector: Protector, sources: Sequence[Path], bar: ProgressBar
+    args: argparse.Namespace,
+    protector: Protector,
+    sources: Sequence[Path],
+    bar: ProgressBar,
+    more: dict[str, Any],
 ) -> Iterator[_Outcome]:
     operation: Callable[..., list[Result]] = getattr(protector, args.command)
 
@@ -91,6 +101,7 @@ def _protect(
             on_missing=args.on_missing,
             make_key=args.key is not None,
             progress=bar,
+            **more,
         )
 
     try:
@@ -103,7 +114,7 @@ def _protect(
     # One of them cannot be protected. Results do not depend on the batch, so the others can be
     # made alone; the failure came before any program ran, so nothing is computed twice.
     for source in sources:
-        yield from _protect(args, protector, [source], bar)
+        yield from _protect(args, protector, [source], bar, more)
 
 
 def _write(job: Job, result: Result, key_path: Path | None, secret: Secret | None) -> Path | None:
@@ -142,4 +153,6 @@ def _report(
         return
     faces = f"{count} face{'s' if count > 1 else ''} in {result.seconds:.1f} s"
     kept = f"recovery key in {key}" if key else "recovery key discarded (no --key was given)"
+    if args.command == "anonymize" and args.carry:
+        kept = "carried by the photo itself"
     bar.message(f"{job.source} -> {outputs}: {faces}; {kept}", sys.stdout)
