@@ -27,6 +27,7 @@ import json
 import platform
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -174,6 +175,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--bundle", type=Path)
     parser.add_argument("--preset", default="fast")
+    parser.add_argument(
+        "--unconditional",
+        action="store_true",
+        help="do not show the diffusion model the photo's own embedding (conditional_above=1000)",
+    )
     parser.add_argument("--max-people", type=int, default=40)
     parser.add_argument("--photos", type=int, default=3, help="at most so many of each person")
     parser.add_argument("--train-people", type=int, default=150)
@@ -187,6 +193,8 @@ def main(argv: list[str] | None = None) -> int:
     protector, detector = diffveil.Protector.load(args.bundle), CenterFace.load()
     template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
     plan, operations = preset(args.preset).anonymize, protector.operations
+    if args.unconditional:
+        plan = replace(plan, conditional_above=1000)
 
     mask = face_mask(size, protector.bundle.template)
     covers: dict[str, Callable[[Pixels, int], Pixels]] = {
@@ -217,6 +225,7 @@ def main(argv: list[str] | None = None) -> int:
         "bundle": protector.bundle.name,
         "fingerprint": protector.bundle.fingerprint,
         "preset": args.preset,
+        "unconditional": args.unconditional,
         "backend": protector.backend,
         "machine": platform.machine(),
         "far": FAR,
