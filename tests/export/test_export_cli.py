@@ -37,7 +37,7 @@ def exported(monkeypatch: pytest.MonkeyPatch, tiny_bundle: Bundle) -> list[dict[
         return exporter.ExportResult(tiny_bundle, (row,))
 
     monkeypatch.setattr(exporter, "export_bundle", fake)
-    monkeypatch.setattr(reference, "load_reference", lambda folder: "components")
+    monkeypatch.setattr(reference, "load_reference", lambda folder, _: "components")
     return calls
 
 

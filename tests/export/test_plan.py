@@ -36,7 +36,7 @@ def test_dry_run_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(reference, "is_reference_folder", lambda folder: True)
-    monkeypatch.setattr(reference, "load_reference", lambda folder: tiny_components())
+    monkeypatch.setattr(reference, "load_reference", lambda folder, _: tiny_components())
     parser = argparse.ArgumentParser()
     cli.add_arguments(parser)
     target = tmp_path / "bundle"
