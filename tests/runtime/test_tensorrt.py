@@ -32,7 +32,9 @@ from diffveil.protector import Protector
 from fake_cuda import FakeDriver, Status
 from fake_trt_runtime import TARGET, FakeTensorRT, write_engines
 
-PLAN = replace(PRESETS["balanced"].anonymize, steps=8)
+PLAN = replace(
+    PRESETS["balanced"].anonymize.fitting(has_few=False), sampler="ddim", steps=8, fresh_noise=0.7
+)
 """One gradient at every step, so that loops of `step` run it; short."""
 
 
