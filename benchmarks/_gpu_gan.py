@@ -136,8 +136,8 @@ class StyleEncoder(nn.Module):
         if width == 512:
             trunk, channels = IRSE50(), (128, 256, 512)
         else:
-            stages = ((8, 1), (8, 1), (16, 1), (width, 1))
-            trunk, channels = IRSE50(width, stages), (8, 16, width)
+            stages = ((16, 1), (16, 1), (32, 1), (width, 1))
+            trunk, channels = IRSE50(width, stages), (16, 32, width)
         self.input_layer, self.body = trunk.input_layer, trunk.body
         self.taps = _stage_ends(self.body)
         sides = (size // 4, size // 8, size // 16)

@@ -33,7 +33,8 @@ __all__ = ["ATTEMPTS", "GUARDS", "Guard", "Guarded", "Verdict", "judge"]
 
 ATTEMPTS = 3
 _BATCH = 8
-_IMPORTS = 7
+_TURNS = 3
+_IMPORTS = 5
 
 
 @dataclass(frozen=True)
@@ -43,12 +44,12 @@ class Guarded:
     Attributes:
         bundle: Of the reference family, for the comparison with PyTorch.
         backend: Runs its programs on one thread.
-        module: What an app imports.
+        imports: What an app writes.
     """
 
     bundle: Bundle
     backend: Backend
-    module: str = "diffveil"
+    imports: str = "import diffveil"
 
 
 @dataclass(frozen=True)
@@ -96,9 +97,9 @@ def _cpu(call: Callable[[], object]) -> Way:
     return way
 
 
-def _ratio(ways: Mapping[str, Way], weights: Mapping[str, float], turns: int) -> float:
+def _ratio(ways: Mapping[str, Way], weights: Mapping[str, float]) -> float:
     """Median over turns of `over` against the weighted sum of the others."""
-    times = in_turns(ways, 0.0, fewest=turns)
+    times = in_turns(ways, 0.0, fewest=_TURNS)
     reference = sum(weight * times[name] for name, weight in weights.items())
     return float(np.median(times["over"] / reference))
 
@@ -120,7 +121,7 @@ def _fast_over_paper(guarded: Guarded) -> float:
             fast = _cpu(partial(FaceOperations(programs).anonymize, images, plan, keys=keys))
             fast()  # loads
             reference = _cpu(paper.one)()
-            return float(np.median([fast() for _ in range(3)])) / reference
+            return float(np.median([fast() for _ in range(_TURNS)])) / reference
     finally:
         torch.set_num_threads(threads)
 
@@ -138,7 +139,7 @@ def _programs_ratio(
             name: _cpu(partial(programs.engine(program).run, **_inputs(guarded, program, 1)))
             for name, program in calls.items()
         }
-        return _ratio(ways, weights, turns=5)
+        return _ratio(ways, weights)
 
 
 def _batch_over_single(program: str, guarded: Guarded) -> float:
@@ -148,7 +149,7 @@ def _batch_over_single(program: str, guarded: Guarded) -> float:
             "over": _cpu(partial(run, **_inputs(guarded, program, _BATCH))),
             "single": _cpu(partial(run, **_inputs(guarded, program, 1))),
         }
-        return _ratio(ways, {"single": _BATCH}, turns=5)
+        return _ratio(ways, {"single": _BATCH})
 
 
 def _inputs(guarded: Guarded, program: str, batch: int) -> dict[str, np.ndarray]:
@@ -157,7 +158,7 @@ def _inputs(guarded: Guarded, program: str, batch: int) -> dict[str, np.ndarray]
 
 def _import_over_numpy(guarded: Guarded) -> float:
     ways = {
-        "over": partial(_interpreter, f"import {guarded.module}"),
+        "over": partial(_interpreter, guarded.imports),
         "numpy": partial(_interpreter, "import numpy"),
         "bare": partial(_interpreter, ""),
     }
