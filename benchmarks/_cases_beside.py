@@ -41,6 +41,7 @@ def photos(session: Session) -> None:
                 faces=faces,
                 preset="fast",
                 includes="detection",
+                counted="as many as ours finds, for all",
                 excluded="loading, reading and writing files",
             )
 

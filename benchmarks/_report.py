@@ -1,4 +1,4 @@
-"""Results of one run as Markdown tables and charts."""
+"""Results as Markdown tables and charts."""
 
 from __future__ import annotations
 
@@ -25,15 +25,17 @@ _TITLES = {
 }
 """Headings by the first part of a case's name, in order."""
 
+_RATIO = "time over "
+
 _SHOWN = ("preset", "faces", "size", "calls", "evaluations")
 """Fields of a configuration that stand in tables."""
 
 
 def as_markdown(results: Sequence[Result]) -> str:
-    """Tables of one run: first where others are faster, then everything by group."""
+    """Tables: first where others are faster, then everything by group."""
     if not results:
         return "No results.\n"
-    lines = [*_facts(results[0]), *_losses(results)]
+    lines = [*_facts(results), *_losses(results)]
     groups = {name: [r for r in results if _group(r) == name] for name in _TITLES}
     groups |= {name: [r for r in results if _group(r) == name] for name in map(_group, results)}
     for name, rows in groups.items():
@@ -47,14 +49,23 @@ def _group(result: Result) -> str:
     return result.case.partition("/")[0]
 
 
-def _facts(first: Result) -> list[str]:
-    machine = first.hardware
-    packages = ", ".join(f"{name} {number}" for name, number in first.versions.items())
+def _facts(results: Iterable[Result]) -> list[str]:
+    """Where, with what and how every run measured."""
+    lines = []
+    for r in {r.run: r for r in results}.values():
+        machine, config = r.hardware, r.config
+        packages = ", ".join(f"{name} {number}" for name, number in r.versions.items())
+        lines.append(
+            f"- {r.run}, commit {r.commit or 'unknown'}, `{config.get('command', '')}`: "
+            f"{machine.get('processor')} ({machine.get('architecture')}), {machine.get('cpus')} "
+            f"CPUs, {config.get('threads')} threads, {machine.get('memory_gib')} GiB, load "
+            f"{config.get('load')} before; {packages}"
+        )
     return [
-        f"{machine.get('processor')} ({machine.get('architecture')}), {machine.get('cpus')} CPUs, "
-        f"{machine.get('memory_gib')} GiB; {packages}; commit {first.commit or 'unknown'}, "
-        f"{first.run}. Command: `{first.config.get('command', '')}`. Medians; 20th to 80th "
-        "percentile; n measurements. × are ratios within a turn.",
+        *lines,
+        "",
+        "Medians, 20th to 80th percentile, n measurements; × is the median ratio to ours (the row "
+        "with × 1) within a turn.",
     ]
 
 
@@ -71,25 +82,46 @@ def _losses(results: Iterable[Result]) -> list[str]:
     return ["", "Faster than ours:", "", *rows] if rows else []
 
 
-def _table(rows: Iterable[Result]) -> list[str]:
+def _table(rows: Sequence[Result]) -> list[str]:
+    times = {(r.case, r.provider): r for r in rows if r.metric.startswith(_RATIO)}
+    bases = {(r.case, r.metric.removeprefix(_RATIO)) for r in times.values()}
     lines = [
-        "| case | provider | with | figure | p50 | p20 … p80 | n |",
-        "|---|---|---|---|---|---|---|",
+        "| case | provider | with | figure | p50 | p20 … p80 | × | n |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for r in rows:
+        who = r.case, r.provider
+        if who in times and r is times[who] and any(_is_time(o, who) for o in rows):
+            continue  # stands beside the time
+        ratio = ""
+        if _is_time(r, who):
+            ratio = _number(times[who].p50) if who in times else "1" * (who in bases)
         shown = ", ".join(f"{k} {r.config[k]}" for k in _SHOWN if k in r.config)
         name = r.case.partition("/")[2] or r.case
-        if r.not_run:
-            cells = [name, r.provider, shown, "not run", r.not_run, "", ""]
-        elif r.unit == "exponent":
-            cells = [name, r.provider, shown, f"{r.metric}: {r.config.get('law', '')}"]
-            cells += [f"k = {_number(r.p50)}", f"{_number(r.p20)} … {_number(r.p80)}", str(r.count)]
-        else:
-            spread = f"{_number(r.p20)} … {_number(r.p80)}" if r.count > 1 else ""
-            value = f"{_number(r.p50)} {r.unit}"
-            cells = [name, r.provider, shown, r.metric, value, spread, str(r.count)]
-        lines.append("| " + " | ".join(_cell(cell) for cell in cells) + " |")
+        figure, value, spread = _figures(r)
+        cells = [name, r.provider, shown, figure, value, spread, ratio, str(r.count or "")]
+        lines.append("| " + " | ".join(map(_cell, cells)) + " |")
     return lines
+
+
+def _is_time(result: Result, who: tuple[str, str]) -> bool:
+    return (result.case, result.provider) == who and result.metric == "time a face"
+
+
+def _figures(r: Result) -> tuple[str, str, str]:
+    """What was measured, its median and its spread, as texts."""
+    if r.not_run:
+        return f"not run: {r.not_run}", "", ""
+    spread = f"{_number(r.p20)} … {_number(r.p80)}" if r.count > 1 else ""
+    if r.unit == "exponent":
+        return f"{r.metric}: {r.config.get('law', '')}", f"power {_number(r.p50)}", spread
+    if r.config.get("unit_is"):
+        return (
+            r.metric.replace("a face", f"a {r.config['unit_is']}"),
+            f"{_number(r.p50)} {r.unit}",
+            spread,
+        )
+    return r.metric, f"{_number(r.p50)} {r.unit}", spread
 
 
 def _excluded(rows: Iterable[Result]) -> list[str]:
@@ -100,6 +132,7 @@ def _excluded(rows: Iterable[Result]) -> list[str]:
             ("excluded", "Not in these figures"),
             ("includes", "In these figures"),
             ("unlike", "Not alike"),
+            ("counted", "Faces"),
         )
         if key in r.config
     )

@@ -137,7 +137,8 @@ class Recorder:
 
     Args:
         path: The file of JSON lines; None keeps results in memory alone.
-        config: Configuration of the whole run, part of every result's.
+        config: Configuration of the whole run, part of every result's, beside the load that the
+            machine had when it began.
     """
 
     def __init__(self, path: Path | None = None, config: Mapping[str, Any] | None = None) -> None:
@@ -148,7 +149,7 @@ class Recorder:
             "commit": commit(),
             "run": _now(),
         }
-        self._config = dict(config or {})
+        self._config = {"load": _load(), **(config or {})}
 
     def add(
         self,
@@ -232,10 +233,12 @@ def read(path: Path) -> list[Result]:
 
 
 def latest(results: Iterable[Result]) -> list[Result]:
-    """The results of the run that began last."""
+    """Of every case the results of the run that measured it last, in the order of the file."""
     results = list(results)
-    last = max((r.run for r in results), default="")
-    return [r for r in results if r.run == last]
+    last: dict[str, str] = {}
+    for result in results:
+        last[result.case] = max(result.run, last.get(result.case, ""))
+    return [r for r in results if r.run == last[r.case]]
 
 
 def _parse(line: bytes) -> Result:
@@ -307,6 +310,11 @@ def _memory_gib() -> float | None:
         return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
     except (ValueError, OSError, AttributeError):
         return None
+
+
+def _load() -> float | None:
+    """Processes that wanted a CPU in the last minute, on average."""
+    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _now() -> str:

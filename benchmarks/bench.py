@@ -25,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import _cases_beside, _cases_ours, _cases_process, _cases_scaling
 from benchmarks._report import as_markdown, draw
-from benchmarks._results import Recorder, latest, read
+from benchmarks._results import Recorder, Result, latest, read
 from benchmarks._session import Session
 from benchmarks.quality import insert
 from diffveil.engines import ONNXRuntimeCPU
@@ -49,7 +49,7 @@ _SLOW = ("optimum", "scaling")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the benchmark, or show what an earlier run found; returns the exit code."""
+    """Run the benchmark, or show what earlier runs found; returns the exit code."""
     args = _parser().parse_args(arguments)
     if args.show:
         results = latest(read(args.out))
@@ -65,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     return 0
 
 
-def _run(args: argparse.Namespace, given: list[str]) -> list:
+def _run(args: argparse.Namespace, given: list[str]) -> list[Result]:
     import torch
 
     threads = args.threads or ONNXRuntimeCPU().options().intra_op_num_threads
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         help="file of results to append to (default: %(default)s)",
     )
     parser.add_argument(
-        "--show", action="store_true", help="measure nothing: the last run of --out"
+        "--show", action="store_true", help="measure nothing: show the latest results in --out"
     )
     parser.add_argument("--document", type=Path, help="Markdown file whose tables to replace")
     parser.add_argument("--pictures", type=Path, help="folder to draw charts into")
