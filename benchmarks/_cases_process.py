@@ -18,9 +18,8 @@ __all__ = ["process"]
 
 _PHOTOS = 8
 _PEAK = """
-import pathlib
-lines = pathlib.Path("/proc/self/status").read_text().splitlines()
-print(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
+with open("/proc/self/status") as status:
+    print(next(line.split()[1] for line in status if line.startswith("VmHWM")))
 """
 _CODES = {
     "bare interpreter": "",
@@ -106,7 +105,7 @@ def _command_line(session: Session) -> None:
         times,
         base=session.provider,
         faces=len(list(folder.iterdir())),
-        unit_is="photo",
+        per="photo",
         excluded="nothing: start, model loading, JPEG files read and written",
     )
 

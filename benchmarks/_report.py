@@ -27,7 +27,7 @@ _TITLES = {
 
 _RATIO = "time over "
 
-_SHOWN = ("preset", "faces", "size", "calls", "evaluations")
+_SHOWN = ("preset", "faces", "photos", "size", "calls", "evaluations")
 """Fields of a configuration that stand in tables."""
 
 
@@ -56,7 +56,8 @@ def _facts(results: Iterable[Result]) -> list[str]:
         machine, config = r.hardware, r.config
         packages = ", ".join(f"{name} {number}" for name, number in r.versions.items())
         lines.append(
-            f"- {r.run}, commit {r.commit or 'unknown'}, `{config.get('command', '')}`: "
+            f"- {r.run}, commit {r.commit or 'unknown'}, bundle {config.get('bundle')}, "
+            f"`{config.get('command', '')}`: "
             f"{machine.get('processor')} ({machine.get('architecture')}), {machine.get('cpus')} "
             f"CPUs, {config.get('threads')} threads, {machine.get('memory_gib')} GiB, load "
             f"{config.get('load')} before; {packages}"
@@ -105,7 +106,7 @@ def _table(rows: Sequence[Result]) -> list[str]:
 
 
 def _is_time(result: Result, who: tuple[str, str]) -> bool:
-    return (result.case, result.provider) == who and result.metric == "time a face"
+    return (result.case, result.provider) == who and result.metric.startswith("time a ")
 
 
 def _figures(r: Result) -> tuple[str, str, str]:
@@ -115,12 +116,6 @@ def _figures(r: Result) -> tuple[str, str, str]:
     spread = f"{_number(r.p20)} … {_number(r.p80)}" if r.count > 1 else ""
     if r.unit == "exponent":
         return f"{r.metric}: {r.config.get('law', '')}", f"power {_number(r.p50)}", spread
-    if r.config.get("unit_is"):
-        return (
-            r.metric.replace("a face", f"a {r.config['unit_is']}"),
-            f"{_number(r.p50)} {r.unit}",
-            spread,
-        )
     return r.metric, f"{_number(r.p50)} {r.unit}", spread
 
 

@@ -10,16 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
-import platform
-import subprocess
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from benchmarks import _machine
 
 __all__ = ["UNITS", "Recorder", "Result", "ResultError", "append", "latest", "quantiles", "read"]
 
@@ -27,16 +26,6 @@ UNITS = ("s", "ms", "MiB", "KiB/call", "×", "exponent", "faces/s")
 """Units that results may have; `×` is a ratio within one run."""
 
 _LONGEST_LINE = 16_384
-_ROOT = Path(__file__).parent.parent
-_PACKAGES = (
-    "diffveil",
-    "numpy",
-    "pillow",
-    "onnxruntime",
-    "torch",
-    "diffusers",
-    "transformers",
-)
 
 
 class ResultError(ValueError):
@@ -144,12 +133,12 @@ class Recorder:
     def __init__(self, path: Path | None = None, config: Mapping[str, Any] | None = None) -> None:
         self.path, self.results = path, list[Result]()
         self._common: dict[str, Any] = {
-            "hardware": hardware(),
-            "versions": versions(),
-            "commit": commit(),
+            "hardware": _machine.hardware(),
+            "versions": _machine.versions(),
+            "commit": _machine.commit(),
             "run": _now(),
         }
-        self._config = {"load": _load(), **(config or {})}
+        self._config = {"load": _machine.load(), **(config or {})}
 
     def add(
         self,
@@ -255,66 +244,6 @@ def _parse(line: bytes) -> Result:
         missing, unknown = sorted(known - set(found)), sorted(set(found) - known)
         raise ResultError(f"fields missing: {missing}, unknown: {unknown}")
     return Result(**found)
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, CPUs that this process may use, and memory in GiB."""
-    usable = getattr(os, "sched_getaffinity", None)
-    return {
-        "processor": _processor(),
-        "architecture": platform.machine(),
-        "cpus": len(usable(0)) if usable else os.cpu_count() or 1,
-        "memory_gib": _memory_gib(),
-        "system": platform.system(),
-    }
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that are installed."""
-    found = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def commit() -> str:
-    """Abbreviated commit of the checkout that this file is in; empty if it is in none."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(
-            ["git", *arguments], cwd=_ROOT, capture_output=True, text=True, check=True, timeout=30
-        )
-        return done.stdout.strip()
-
-    try:
-        changed = git("status", "--porcelain", "--untracked-files=no")
-        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def _memory_gib() -> float | None:
-    try:
-        return round(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30, 1)
-    except (ValueError, OSError, AttributeError):
-        return None
-
-
-def _load() -> float | None:
-    """Processes that wanted a CPU in the last minute, on average."""
-    return round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None
 
 
 def _now() -> str:

@@ -99,6 +99,7 @@ class Session:
         *,
         base: str | None = None,
         faces: int = 1,
+        per: str = "face",
         **config: Any,
     ) -> None:
         """Keep the milliseconds a face of ways that took turns, and how many times those of `base`.
@@ -108,14 +109,15 @@ class Session:
             times: Seconds of every turn by provider.
             base: The provider whose time the others' is divided by.
             faces: Faces of one call.
+            per: What there were `faces` of.
             **config: Configuration of the case.
         """
+        config = {f"{per}s": faces, **config}
         for provider, seconds in times.items():
-            per_face = 1000 * seconds / faces
-            self.recorder.add(case, provider, "time a face", "ms", per_face, faces=faces, **config)
+            each = 1000 * seconds / faces
+            self.recorder.add(case, provider, f"time a {per}", "ms", each, **config)
         for provider, ratio in ratios(times, base).items() if base else ():
-            metric = f"time over {base}"
-            self.recorder.add(case, provider, metric, "×", ratio, faces=faces, **config)
+            self.recorder.add(case, provider, f"time over {base}", "×", ratio, **config)
 
     def say(self, text: str) -> None:
         """Tell what begins."""

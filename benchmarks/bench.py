@@ -28,6 +28,7 @@ from benchmarks._report import as_markdown, draw
 from benchmarks._results import Recorder, Result, latest, read
 from benchmarks._session import Session
 from benchmarks.quality import insert
+from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
 
 __all__ = ["CASES", "main"]
@@ -71,14 +72,15 @@ def _run(args: argparse.Namespace, given: list[str]) -> list[Result]:
     threads = args.threads or ONNXRuntimeCPU().options().intra_op_num_threads
     torch.set_num_threads(threads)
     command = " ".join(["python -m benchmarks.bench", *given])
-    recorder = Recorder(args.out, {"command": command, "threads": threads})
+    name = Bundle.load(args.bundle).name
+    recorder = Recorder(args.out, {"command": command, "threads": threads, "bundle": name})
     chosen = args.only or [n for n in CASES if not (args.quick and n in _SLOW)]
     with tempfile.TemporaryDirectory() as folder:
         session = Session(
             recorder,
             Path(folder),
             seconds=args.seconds or (1.0 if args.quick else 8.0),
-            fewest=3 if args.quick else 5,
+            fewest=args.turns or (3 if args.quick else 5),
             threads=threads,
             bundle=args.bundle,
             quick=args.quick,
@@ -115,6 +117,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--pictures", type=Path, help="folder to draw charts into")
     parser.add_argument("--bundle", type=Path, help="default: the embedded one")
     parser.add_argument("--threads", type=int, help="CPU threads (default: all)")
+    parser.add_argument(
+        "--turns", type=int, help="fewest of each comparison (default: 5; quick: 3)"
+    )
     parser.add_argument("--seconds", type=float, help="for each comparison (default: 8; quick: 1)")
     return parser
 

@@ -25,6 +25,7 @@ from PIL import Image
 import diffveil
 from benchmarks._timing import clock, in_turns
 from diffveil.align import crop_face, similarity
+from diffveil.engines import ONNXRuntimeCPU
 from diffveil.noise import NoiseKey
 from diffveil.presets import PRESETS
 from diffveil.scenes import to_images
@@ -125,7 +126,7 @@ def points(axis: str, bundle: Path | None, threads: int, seconds: float) -> list
     Args:
         axis: One of `AXES`.
         bundle: Folder of the bundle; None is the embedded one.
-        threads: CPU threads; the most there are along `threads`.
+        threads: CPU threads, but along `threads`.
         seconds: Time to spend on all sizes.
 
     Returns:
@@ -133,7 +134,8 @@ def points(axis: str, bundle: Path | None, threads: int, seconds: float) -> list
     """
     sizes, make = AXES[axis]
     if axis == "threads":
-        sizes = tuple(size for size in sizes if size <= threads)
+        most = ONNXRuntimeCPU().options().intra_op_num_threads
+        sizes = tuple(size for size in sizes if size <= most)
     calls = make(_Subject(bundle, threads), sizes)
     times = in_turns({str(s): clock(call) for s, call in calls.items()}, seconds, fewest=3)
     return [
