@@ -171,7 +171,7 @@ def optimum(session: Session) -> None:
         except NotRunError as error:
             session.recorder.not_run("img2img/equal steps", "optimum-onnx", str(error))
             return
-        ways = {
+        ways: dict[str, Way] = {
             session.provider: clock(small.ours(evaluations)),
             "optimum-onnx": partial(_asked, peer, **question),
         }

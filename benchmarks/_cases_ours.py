@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -20,10 +21,10 @@ _BATCHES = (1, 8)
 OPERATIONS_EXCLUDE = "loading, detection, alignment, pasting back, files"
 
 
-def feed(spec: ProgramSpec, dimensions: Dimensions, batch: int) -> dict[str, np.ndarray]:
+def feed(spec: ProgramSpec, dimensions: Dimensions, batch: int) -> dict[str, Any]:
     """Inputs of a program drawn from the standard normal distribution, timesteps uniformly."""
     rng = np.random.default_rng(batch)
-    inputs = {}
+    inputs: dict[str, Any] = {}
     for tensor in spec.inputs:
         shape = [batch if isinstance(n, str) else n for n in tensor.shape(dimensions)]
         if tensor.dtype == "int64":

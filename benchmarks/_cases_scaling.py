@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import partial
 
 import numpy as np
+from numpy.typing import NDArray
 
 from benchmarks._laws import fit, slopes
 from benchmarks._session import Session
@@ -79,7 +80,7 @@ def leak(session: Session) -> None:
     )
 
 
-def leak_slopes(call: Callable[[], object], calls: int) -> np.ndarray | None:
+def leak_slopes(call: Callable[[], object], calls: int) -> NDArray[np.float64] | None:
     """Bytes that memory grows by a call, between all pairs of about a hundred moments.
 
     Returns:

@@ -24,7 +24,7 @@ _TILE = 20
 
 def blur(pixels: Pixels, faces: Sequence[Face]) -> Pixels:
     """Faces of a photo [H, W, 3] averaged over half their width and height, within an ellipse."""
-    covered = pixels.copy()
+    covered: Pixels = pixels.copy()
     for x0, y0, x1, y1 in _boxes(pixels, faces):
         part = Image.fromarray(covered[y0:y1, x0:x1])
         radius = ((x1 - x0) / 4, (y1 - y0) / 4)
@@ -36,7 +36,7 @@ def blur(pixels: Pixels, faces: Sequence[Face]) -> Pixels:
 
 def mosaic(pixels: Pixels, faces: Sequence[Face]) -> Pixels:
     """Faces of a photo [H, W, 3] in tiles, each of the colour of its first pixel."""
-    covered = pixels.copy()
+    covered: Pixels = pixels.copy()
     for x0, y0, x1, y1 in _boxes(pixels, faces):
         part = covered[y0:y1:_TILE, x0:x1:_TILE]
         tiles = part.repeat(_TILE, axis=0).repeat(_TILE, axis=1)

@@ -45,7 +45,8 @@ class DiffusersRecipe:
             self._unet = torch.compile(self._unet)
             self._energy_of = torch.compile(self._energy_of)
         s = components.schedule
-        self._scheduler: Any = DDIMScheduler(
+        scheduler: Any = DDIMScheduler
+        self._scheduler = scheduler(
             num_train_timesteps=s.steps,
             beta_start=s.beta_start,
             beta_end=s.beta_end,

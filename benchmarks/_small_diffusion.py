@@ -75,7 +75,11 @@ def _parts() -> dict[str, Any]:
     vae_class: Any = AutoencoderKL
     unet_class: Any = UNet2DConditionModel
     channels = (32, 64, 128, 128)
-    towers = {"hidden_size": _WIDTH, "intermediate_size": 512, "num_attention_heads": 4}
+    tower: dict[str, Any] = {
+        "hidden_size": _WIDTH,
+        "intermediate_size": 512,
+        "num_attention_heads": 4,
+    }
     return {
         "vae": vae_class(
             block_out_channels=channels,
@@ -100,7 +104,7 @@ def _parts() -> dict[str, Any]:
                 bos_token_id=0,
                 eos_token_id=1,
                 pad_token_id=1,
-                **towers,
+                **tower,
             )
         ),
         "vision": CLIPVisionModel(
@@ -132,7 +136,8 @@ def _save(folder: Path, parts: dict[str, Any]) -> None:
     names = {"vae": "vae", "unet": "unet", "text": "text_encoder"}
     for part, name in names.items():
         parts[part].save_pretrained(folder / name)
-    DDIMScheduler(
+    scheduler: Any = DDIMScheduler
+    scheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1
     ).save_pretrained(folder / "scheduler")
     tokenizer = folder / "tokenizer"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TypeAlias
+from typing import TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,8 @@ Way: TypeAlias = Callable[[], float]
 
 Times: TypeAlias = NDArray[np.float64]
 """Seconds of each turn, [T]."""
+
+_Name = TypeVar("_Name")
 
 
 def clock(call: Callable[[], object]) -> Way:
@@ -34,8 +36,8 @@ def clock(call: Callable[[], object]) -> Way:
 
 
 def in_turns(
-    ways: Mapping[str, Way], seconds: float, *, fewest: int = 5, warm_up: int = 1
-) -> dict[str, Times]:
+    ways: Mapping[_Name, Way], seconds: float, *, fewest: int = 5, warm_up: int = 1
+) -> dict[_Name, Times]:
     """Let ways take turns, in an order that rotates, for about so many seconds.
 
     Args:
@@ -51,7 +53,7 @@ def in_turns(
     for _ in range(warm_up):
         for name in names:
             ways[name]()
-    spent: dict[str, list[float]] = {name: [] for name in names}
+    spent: dict[_Name, list[float]] = {name: [] for name in names}
     until, turn = time.perf_counter() + seconds, 0
     while turn < fewest or time.perf_counter() < until:
         first = turn % len(names)

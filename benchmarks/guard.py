@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -152,7 +153,7 @@ def _batch_over_single(program: str, guarded: Guarded) -> float:
         return _ratio(ways, {"single": _BATCH})
 
 
-def _inputs(guarded: Guarded, program: str, batch: int) -> dict[str, np.ndarray]:
+def _inputs(guarded: Guarded, program: str, batch: int) -> dict[str, Any]:
     return feed(ALL_PROGRAMS[program], guarded.bundle.dimensions, batch)
 
 

@@ -72,9 +72,9 @@ def _faces(subject: _Subject, sizes: tuple[float, ...]) -> Calls:
     for index in range(int(max(sizes))):
         left, top = tile * (index % _ROW), tile * (index // _ROW)
         canvas.paste(crop.resize((tile, tile)), (left, top))
-        box = (left, top, left + tile, top + tile)
+        box = (float(left), float(top), float(left + tile), float(top + tile))
         landmarks = np.asarray(template) * scale + (left, top)
-        faces.append(diffveil.Face(tuple(map(float, box)), landmarks, 1.0))
+        faces.append(diffveil.Face(box, landmarks, 1.0))
     pixels = np.asarray(canvas)
     run = partial(subject.protector.anonymize, pixels, seed=1, make_key=False)
     return {size: partial(run, faces=faces[: int(size)]) for size in sizes}
