@@ -86,7 +86,10 @@ def paper(session: Session) -> None:
             call()
             first = time.perf_counter() - started
         except Exception as error:  # the compiler's own errors share no base
-            why = f"torch.compile: {type(error).__name__}: {error}".splitlines()[0][:300]
+            # The compiler's own words stand far below what was run.
+            said = str(error).splitlines()
+            lines = [said[0], *(line for line in said if "error: " in line)][:2]
+            why = f"torch.compile: {type(error).__name__}: {'; '.join(lines)}"[:400]
             session.recorder.not_run("anonymize/one variant", "diffusers torch.compile", why)
         else:
             ways["diffusers torch.compile"] = clock(call)

@@ -102,8 +102,9 @@ class Result:
 
     def _wrong_numbers(self) -> list[str]:
         values = (self.p20, self.p50, self.p80)
-        if isinstance(self.count, bool) or not isinstance(self.count, int) or self.count < 0:
-            return [f"count is {self.count!r}, expected an integer, at least 0"]
+        count: Any = self.count  # as a file has it
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            return [f"count is {count!r}, expected an integer, at least 0"]
         if self.not_run:
             return ["figures of a case that was not run"] if values != (None,) * 3 else []
         numbers = [v for v in values if isinstance(v, int | float) and not isinstance(v, bool)]
