@@ -7,6 +7,8 @@
 #   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
 #                   QUALITY_ARGS for benchmarks/quality.py's own options
 #   make curves     protection against milliseconds of every sampler and guidance: QUALITY_DATA=folder
+#   make bench      what everything costs on this CPU, beside PyTorch, a GAN and blurring: minutes;
+#                   BENCH_ARGS for benchmarks/bench.py's own options
 #   make fuzz       FUZZ_SECONDS=60 of hostile key files; new inputs go to FUZZ_CORPUS
 #   make lint       ruff and mypy alone
 #   make format     rewrite the tree as `make lint` wants it
@@ -33,6 +35,8 @@ FUZZ_SECONDS ?= 60
 FUZZ_CORPUS ?= fuzz-corpus
 CURVES_ARGS ?=
 CURVES_OUTPUT ?= curves
+BENCH_ARGS ?=
+BENCH_OUTPUT ?= bench
 DEMO_OUTPUT ?= demo-output
 
 VENV := .venv
@@ -41,7 +45,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz quality curves lint format clean
+.PHONY: help demo test test-slow fuzz quality curves bench lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -98,10 +102,15 @@ curves: $(VENV)/stamp-quality
 	$(BIN)/python -m benchmarks.curves "$(QUALITY_DATA)" --out "$(CURVES_OUTPUT)" \
 		$(addprefix --recognizer ,$(QUALITY_RECOGNIZERS)) $(addprefix --independent ,$(QUALITY_INDEPENDENT)) $(CURVES_ARGS)
 
+# Peers that cannot be installed are reported as not run.
+bench: $(VENV)/stamp-quality
+	-$(BIN)/python -m benchmarks.peers
+	$(BIN)/python -m benchmarks.bench --pictures "$(BENCH_OUTPUT)" --out "$(BENCH_OUTPUT)/bench.jsonl" $(BENCH_ARGS)
+
 format: $(VENV)/stamp-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build dist demo-output fuzz-corpus .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
+	rm -rf $(VENV) .venv-peers build dist demo-output fuzz-corpus .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage
 	find . -name __pycache__ -not -path './.git/*' -prune -exec rm -rf {} +
