@@ -1,0 +1,132 @@
+"""All tables of the quality protocol, from portraits that have been protected."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import diffveil
+from benchmarks.protocol.baselines import BASELINES
+from benchmarks.protocol.groups import Attributes, breakdown, labels_of
+from benchmarks.protocol.judges import Judge
+from benchmarks.protocol.keys_and_variants import diversity, wrong_keys
+from benchmarks.protocol.people import Portrait
+from benchmarks.protocol.pictures import draw_cosines, one_a_person, sheets
+from benchmarks.protocol.robustness import protection_under, recovery_under, refused_as_cut
+from diffveil.keys import RecoveryKey
+from diffveil.presets import preset as preset_named
+
+__all__ = ["FARS", "KINDS", "collect", "draw_baselines", "pictures", "verification"]
+
+FARS = (0.01, 0.001)
+#: What is compared with the originals, in the order of tables.
+KINDS = ("anonymize", "hide", "recover", *BASELINES)
+
+_DISTURBED = ("original", "anonymize", "hide")
+
+
+def draw_baselines(portraits: list[Portrait]) -> None:
+    """Fill the outputs of the baselines."""
+    for portrait in portraits:
+        for name, draw in BASELINES.items():
+            portrait.outputs[name] = draw(portrait.pixels, portrait.face)
+
+
+def verification(judges: list[Judge], faces: int) -> list[dict[str, Any]]:
+    """A row a recognizer: rates of the first `faces` of the gallery and of what became of them."""
+    own = np.arange(faces)
+    return [
+        {
+            "recognizer": judge.name,
+            "kind": judge.kind,
+            "gallery": len(judge.gallery.embeddings),
+            "impostor_pairs": len(judge.gallery.impostors),
+            **{k: judge.gallery.rates(judge.vectors[k], own, FARS) for k in ("original", *KINDS)},
+        }
+        for judge in judges
+    ]
+
+
+def collect(
+    protector: diffveil.Protector,
+    portraits: list[Portrait],
+    keys: list[RecoveryKey],
+    judges: list[Judge],
+    *,
+    preset: str,
+    attributes: Attributes,
+    few: int,
+    note: Callable[[str], None],
+) -> dict[str, Any]:
+    """Verification, robustness, wrong keys, diversity and groups.
+
+    Args:
+        protector: What protected them.
+        portraits: With all outputs; first in the judges' galleries.
+        keys: Recovery keys of the anonymized ones.
+        judges: Recognizers that have looked; the bundle's own last.
+        preset: What they were protected with.
+        attributes: Labels by file or person.
+        few: Faces, each of another person, for what runs the model again.
+        note: Told how far it is.
+    """
+    far, plans = FARS[0], preset_named(preset)
+    outside = judges[:-1] or judges
+    report: dict[str, Any] = {"verification": verification(judges, len(portraits))}
+    note("verification")
+    report["robustness"] = {
+        "protection": {j.name: protection_under(portraits, j, _DISTURBED, far) for j in outside}
+    }
+    note("robustness of protection")
+    shown = one_a_person(portraits, few)
+    rows = [portraits.index(p) for p in shown]
+    chosen = [judge.of_the_first(rows) for judge in outside]
+    report["robustness"]["recovery"] = recovery_under(
+        protector, shown, [keys[r] for r in rows], chosen[-1], far
+    )
+    report["robustness"]["recovery_judge"] = chosen[-1].name
+    report["robustness"]["recovery_faces"] = len(shown)
+    report["robustness"]["refused_of_another_size"] = refused_as_cut(
+        protector, shown, [keys[r] for r in rows]
+    )
+    note("robustness of recovery")
+    template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
+    crops = np.stack([p.crop("original", template, size) for p in shown])
+    people = [p.person for p in shown]
+    report["keys"] = wrong_keys(protector, crops, people, chosen, plans, far)
+    note("wrong keys")
+    report["diversity"] = diversity(protector, crops, chosen, plans, far)
+    note("diversity")
+    report["groups"] = breakdown(
+        [labels_of(p, attributes) for p in portraits],
+        [p.person for p in portraits],
+        _outcomes(outside, len(portraits), far),
+    )
+    return report
+
+
+def _outcomes(judges: list[Judge], faces: int, far: float) -> dict[str, Any]:
+    """What counts for each face: matched by any independent recognizer, and kept by all."""
+    judges = [j for j in judges if j.independent] or judges
+    own = np.arange(faces)
+    hits = {
+        kind: np.stack([j.gallery.matched(j.vectors[kind], own, far) for j in judges])
+        for kind in ("anonymize", "hide", "recover")
+    }
+    return {
+        "anonymize": hits["anonymize"].any(0),
+        "hide": hits["hide"].all(0),
+        "recover": hits["recover"].all(0),
+    }
+
+
+def pictures(
+    protector: diffveil.Protector, portraits: list[Portrait], judges: list[Judge], folder: Path
+) -> None:
+    """Contact sheets, an operation each, and `cosines.png`."""
+    template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
+    sheets(portraits, list(KINDS), template, size, folder)
+    draw_cosines(judges, list(KINDS), FARS[0], folder / "cosines.png")

@@ -1,0 +1,41 @@
+"""Markdown tables, rates in words, and tables put between a document's markers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+__all__ = ["insert", "interval", "percent", "table"]
+
+
+def table(*head: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
+    """Lines of a Markdown table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+
+
+def percent(rate: Mapping[str, float]) -> str:
+    """A rate's value, or a dash where nothing was tried."""
+    return "–" if math.isnan(rate["value"]) else f"{rate['value']:.1%}"
+
+
+def interval(rate: Mapping[str, float]) -> str:
+    """A rate with its 95 % interval."""
+    if math.isnan(rate["value"]):
+        return "–"
+    return f"{rate['value']:.1%} ({100 * rate['low']:.1f}…{100 * rate['high']:.1f})"
+
+
+def insert(document: Path, text: str, name: str = "quality") -> None:
+    """Put text between the markers of that name in a Markdown file.
+
+    Raises:
+        SystemExit: The document lacks the markers.
+    """
+    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+    before, _, rest = document.read_text(encoding="utf-8").partition(begin)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise SystemExit(f"{document}: expected the markers {begin} and {end}")
+    document.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
