@@ -224,8 +224,9 @@ def _groups(report: dict[str, Any]) -> list[str]:
     ]
     return [
         "**Groups**: share of faces that any independent recognizer matches with the same photo "
-        "at FAR 1 % (anonymized), that all do (hidden, recovered); Wilson's intervals for the number "
-        f"of people. † fewer than {SMALL} faces: says little. *head* is our own, from the landmarks.",
+        "at FAR 1 % (anonymized), that all do (hidden, recovered); Wilson's intervals for the "
+        f"number of people. † fewer than {SMALL} faces: says little. *head* is our own, from the "
+        "landmarks.",
         "",
         *table("attribute", "group", "faces / people", *_NAMES.values(), rows=rows),
     ]
