@@ -15,7 +15,6 @@ Everything is kept in `--out`: break it off whenever you like, the same command 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -31,7 +30,7 @@ from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
 from benchmarks.protocol.baselines import BASELINES
 from benchmarks.protocol.pairs import Protection, make_pairs, training_files
 from benchmarks.protocol.people import Pixels, Portrait, load_people, named_files
-from benchmarks.protocol.tables import insert, interval, percent, table
+from benchmarks.protocol.tables import insert, interval, percent, table, write_json
 from benchmarks.protocol.verification import Gallery
 from diffveil.align import crop_face, similarity
 from diffveil.detectors import CenterFace
@@ -255,7 +254,7 @@ def write(
     """Report, table and picture."""
     from PIL import Image
 
-    (folder / "attack.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(folder / "attack.json", report)
     (folder / "attack.md").write_text(as_markdown(report))
     Image.fromarray(sheet(faces, people)).save(folder / "attack.png")
 

@@ -16,7 +16,6 @@ Writes `quality.json`, `quality.md` (the README's table), `protocol.md` (all tab
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import sys
 import time
@@ -27,16 +26,17 @@ from typing import Any
 import numpy as np
 
 import diffveil
-from benchmarks._metrics import Verification, frechet_distance, psnr
+from benchmarks._metrics import psnr
 from benchmarks.protocol import report as protocol_report
 from benchmarks.protocol.baselines import BASELINES
 from benchmarks.protocol.collect import FARS, KINDS, collect, draw_baselines, pictures
 from benchmarks.protocol.groups import read_attributes
-from benchmarks.protocol.judges import GUIDED, Array, Judge, load_judges
+from benchmarks.protocol.judges import load_judges
 from benchmarks.protocol.people import Pixels, Portrait, load_people, named_files
 from benchmarks.protocol.perception import looks
 from benchmarks.protocol.pictures import contact_sheet
-from benchmarks.protocol.tables import insert
+from benchmarks.protocol.summary import OPERATIONS, as_markdown, recognition
+from benchmarks.protocol.tables import insert, write_json
 from diffveil.detectors import CenterFace
 from diffveil.keys import RecoveryKey
 from diffveil.presets import preset as preset_named
@@ -46,7 +46,6 @@ from diffveil.scenes import to_images, to_pixels
 __all__ = ["FAR", "Pixels", "Portrait", "insert", "load_people", "named_files"]
 
 FAR = FARS[0]
-OPERATIONS = ("anonymize", "hide", "recover")
 
 
 def protect_all(
@@ -111,49 +110,8 @@ def fidelity(
     }
 
 
-def recognition(portraits: list[Portrait], judges: list[Judge]) -> list[dict[str, Any]]:
-    """Match rates and feature distances, one row a recognizer that has looked."""
-    people = [p.person for p in portraits]
-    trips = np.stack([p.outputs["round trip"] for p in portraits])
-    return [
-        _recognition_row(
-            judge.name,
-            judge.independent,
-            {
-                **{op: judge.vectors[op] for op in ("original", *KINDS)},
-                **({} if judge.kind == GUIDED else {"round trip": judge.of_crops(trips)}),
-            },
-            people,
-        )
-        for judge in judges
-    ]
-
-
-def _recognition_row(
-    name: str, independent: bool, vectors: dict[str, Array], people: list[str]
-) -> dict[str, Any]:
-    check = Verification(vectors["original"], people)
-    halves = np.arange(len(people)) % 2 == 0
-    reference = vectors["original"][halves]
-    row: dict[str, Any] = {
-        "recognizer": name,
-        "independent": independent,
-        "threshold": check.threshold(FAR),
-    }
-    for op, probe in vectors.items():
-        row[op] = {
-            "same_photo": check.same_photo(probe, FAR),
-            "other_photos": check.other_photos(probe, FAR),
-            "cosine": float((probe * check.original).sum(1).mean()),
-            "rank1": check.rank1(probe),
-            # The other half of the faces: no photo is compared with itself.
-            "frechet": frechet_distance(reference, probe[~halves]),
-        }
-    return row
-
-
 def speed(
-    protector: diffveil.Protector, portrait: Portrait, preset: str, repeats: int = 5
+    protector: diffveil.Protector, portrait: Portrait, preset: str, repeats: int
 ) -> dict[str, float]:
     """Median wall-clock seconds of one call on one photo with one face; detection excluded."""
     result = protector.anonymize(portrait.pixels, faces=[portrait.face], preset=preset)
@@ -182,54 +140,6 @@ def speed(
             if turn:  # the first round loads programs and warms caches
                 times[name].append(time.perf_counter() - started)
     return {f"{name}_s": float(np.median(v)) for name, v in times.items()}
-
-
-def as_markdown(report: dict[str, Any]) -> str:
-    """The table that the README shows."""
-    fid, per, spd = report["fidelity"], report["perception"], report["speed"]
-    lines = [
-        f"{report['faces']} faces of {report['people']} people; "
-        f"bundle `{report['bundle']}`, preset `{report['preset']}`.",
-        "",
-        "| operation | figure | measured |",
-        "|---|---|---|",
-        f"| VAE round trip | PSNR of aligned faces | {fid['round_trip_db']:.2f} dB |",
-        f"| recover | PSNR, {fid['recovery_steps']} steps | {fid['recovered_db']:.2f} dB |",
-        f"| anonymize | CenterFace still finds a face | {per['anonymize']['detected']:.1%} |",
-        f"| hide | CenterFace still finds a face | {per['hide']['detected']:.1%} |",
-        f"| hide | SSIM to the original, ArcFace crop | {per['hide']['ssim']:.2f} |",
-    ]
-    for row in report["recognition"]:
-        kind = (
-            "independent"
-            if row["independent"]
-            else ("guided against" if row["recognizer"] == "bundle" else "distilled from")
-        )
-        who = f"{row['recognizer']} ({kind})"
-        for op in ("original", *OPERATIONS):
-            same = "" if op == "original" else f"same photo {row[op]['same_photo']:.1%}, "
-            lines.append(
-                f"| {op} | TAR at FAR 1 %, {who} "
-                f"| {same}other photos {row[op]['other_photos']:.1%} |"
-            )
-    for row in report["recognition"]:
-        if "round trip" in row:
-            values = ", ".join(
-                f"{op} {row[op]['frechet']:.3f}"
-                for op in ("original", "round trip", "anonymize", "hide", *BASELINES)
-            )
-            lines.append(
-                f"| natural | Fréchet distance of {row['recognizer']} features to other real faces "
-                f"| {values} |"
-            )
-    for name, value in spd.items():
-        figure = f"{value:.2f}×" if name.endswith("ratio") else _seconds(value)
-        lines.append(f"| speed | {name.removesuffix('_s').replace('_', ' ')} | {figure} |")
-    return "\n".join(lines) + "\n"
-
-
-def _seconds(value: float) -> str:
-    return f"{value:.2f} s" if value >= 0.1 else f"{1000 * value:.1f} ms"
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -263,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         "versions": {"diffveil": diffveil.__version__, "numpy": np.__version__},
         "far": FAR,
     }
-    report["speed"] = speed(protector, portraits[0], args.preset)
+    report["speed"] = speed(protector, portraits[0], args.preset, args.repeats)
     if args.oracle:
         report["speed"] |= _paper_speed(protector, portraits[0], report["speed"])
     report["fidelity"] = fidelity(protector, portraits, args.preset)
@@ -281,7 +191,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     if not args.brief:
         pictures(protector, portraits, judges, args.out)
-        report["protocol"] = collect(
+        report["protocol"] = {}
+        for name, section in collect(
             protector,
             portraits,
             keys,
@@ -289,13 +200,15 @@ def main(argv: list[str] | None = None) -> int:
             preset=args.preset,
             attributes=attributes,
             few=args.few,
-            note=_note,
-        )
-        text = protocol_report.as_markdown(report)
-        (args.out / "protocol.md").write_text(text)
+        ):
+            report["protocol"][name] = section
+            text = protocol_report.as_markdown(report)
+            (args.out / "protocol.md").write_text(text)
+            write_json(args.out / "quality.json", report)
+            _note(name)
         if args.document:
             insert(args.document, text)
-    (args.out / "quality.json").write_text(json.dumps(report, indent=1) + "\n")
+    write_json(args.out / "quality.json", report)
     (args.out / "quality.md").write_text(as_markdown(report))
     if args.readme:
         insert(args.readme, as_markdown(report))
@@ -318,6 +231,7 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Arg
     add("--photos", type=int, default=5, help="protected of each person, at most")
     add("--gallery", type=int, default=10, help="originals known of each person, at most")
     add("--few", type=int, default=24, help="faces of tables that run the model again")
+    add("--repeats", type=int, default=5, help="timed calls of each operation")
     add("--batch", type=int, default=8)
     add("--threads", type=int, help="of the runtime; fewer where others compute")
     add("--out", type=Path, default=Path("quality"))

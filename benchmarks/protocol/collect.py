@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -59,9 +59,8 @@ def collect(
     preset: str,
     attributes: Attributes,
     few: int,
-    note: Callable[[str], None],
-) -> dict[str, Any]:
-    """Verification, robustness, wrong keys, diversity and groups.
+) -> Iterator[tuple[str, Any]]:
+    """Verification, groups, robustness, wrong keys and diversity, each when it is done.
 
     Args:
         protector: What protected them.
@@ -71,41 +70,35 @@ def collect(
         preset: What they were protected with.
         attributes: Labels by file or person.
         few: Faces, each of another person, for what runs the model again.
-        note: Told how far it is.
+
+    Yields:
+        Name and content of a section of the report.
     """
     far, plans = FARS[0], preset_named(preset)
     outside = judges[:-1] or judges
-    report: dict[str, Any] = {"verification": verification(judges, len(portraits))}
-    note("verification")
-    report["robustness"] = {
-        "protection": {j.name: protection_under(portraits, j, _DISTURBED, far) for j in outside}
-    }
-    note("robustness of protection")
+    people = [p.person for p in portraits]
+    yield "verification", verification(judges, len(portraits))
+    labels = [labels_of(p, attributes) for p in portraits]
+    yield "groups", breakdown(labels, people, _outcomes(outside, len(portraits), far))
+
     shown = one_a_person(portraits, few)
     rows = [portraits.index(p) for p in shown]
     chosen = [judge.of_the_first(rows) for judge in outside]
-    report["robustness"]["recovery"] = recovery_under(
-        protector, shown, [keys[r] for r in rows], chosen[-1], far
-    )
-    report["robustness"]["recovery_judge"] = chosen[-1].name
-    report["robustness"]["recovery_faces"] = len(shown)
-    report["robustness"]["refused_of_another_size"] = refused_as_cut(
-        protector, shown, [keys[r] for r in rows]
-    )
-    note("robustness of recovery")
     template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
     crops = np.stack([p.crop("original", template, size) for p in shown])
-    people = [p.person for p in shown]
-    report["keys"] = wrong_keys(protector, crops, people, chosen, plans, far)
-    note("wrong keys")
-    report["diversity"] = diversity(protector, crops, chosen, plans, far)
-    note("diversity")
-    report["groups"] = breakdown(
-        [labels_of(p, attributes) for p in portraits],
-        [p.person for p in portraits],
-        _outcomes(outside, len(portraits), far),
+    yield "keys", wrong_keys(protector, crops, [people[r] for r in rows], chosen, plans, far)
+    yield "diversity", diversity(protector, crops, chosen, plans, far)
+    own_keys, judge = [keys[r] for r in rows], chosen[-1]
+    yield (
+        "recovery",
+        {
+            "faces": len(shown),
+            "judge": judge.name,
+            "refused_of_another_size": refused_as_cut(protector, shown, own_keys),
+            "under": recovery_under(protector, shown, own_keys, judge, far),
+        },
     )
-    return report
+    yield "robustness", {j.name: protection_under(portraits, j, _DISTURBED, far) for j in outside}
 
 
 def _outcomes(judges: list[Judge], faces: int, far: float) -> dict[str, Any]:

@@ -15,9 +15,20 @@ _NAMES = {"anonymize": "anonymized", "hide": "hidden", "recover": "recovered"}
 
 
 def as_markdown(report: dict[str, Any]) -> str:
-    """Every table, each under a heading that says what it is."""
-    parts = (_head, _speed, _verification, _looks, _robustness, _keys, _diversity, _groups)
-    return "\n".join(line for part in parts for line in (*part(report), ""))
+    """Every table that the report has, each under a heading that says what it is."""
+    lines = [*_head(report), "", *_speed(report), "", *_looks(report), ""]
+    sections = {
+        "verification": _verification,
+        "groups": _groups,
+        "robustness": _robustness,
+        "recovery": _recovery,
+        "keys": _keys,
+        "diversity": _diversity,
+    }
+    for name, section in sections.items():
+        if name in report["protocol"]:
+            lines += [*section(report["protocol"][name]), ""]
+    return "\n".join(lines)
 
 
 def _head(report: dict[str, Any]) -> list[str]:
@@ -42,9 +53,9 @@ def _speed(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _verification(report: dict[str, Any]) -> list[str]:
+def _verification(found: list[dict[str, Any]]) -> list[str]:
     rows = []
-    for row in report["protocol"]["verification"]:
+    for row in found:
         who = f"{row['recognizer']} ({row['kind']})"
         for kind in ("original", *_NAMES, "blur", "mosaic"):
             rates = row[kind]
@@ -123,47 +134,41 @@ def _looks(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _robustness(report: dict[str, Any]) -> list[str]:
-    tables = report["protocol"]["robustness"]
-    rows = []
-    for judge, disturbances in tables["protection"].items():
-        for name, row in disturbances.items():
-            rows.append(
-                (
-                    judge,
-                    name,
-                    interval(row["original"]["other_photos"]),
-                    interval(row["anonymize"]["same_photo"]),
-                    interval(row["hide"]["same_photo"]),
-                )
-            )
-    recovered = [
-        (name, f"{row['psnr']:.2f} dB", interval(row["same_photo"]))
-        for name, row in tables["recovery"].items()
+def _robustness(found: dict[str, Any]) -> list[str]:
+    rows = [
+        (
+            judge,
+            name,
+            interval(row["original"]["other_photos"]),
+            interval(row["anonymize"]["same_photo"]),
+            interval(row["hide"]["same_photo"]),
+        )
+        for judge, disturbances in found.items()
+        for name, row in disturbances.items()
     ]
+    head = ("original, other photos", "anonymized, same photo", "hidden, same photo")
     return [
         "**Robustness of protection**: TAR at FAR 1 % after the protected photo was changed.",
         "",
-        *table(
-            "recognizer",
-            "change",
-            "original, other photos",
-            "anonymized, same photo",
-            "hidden, same photo",
-            rows=rows,
-        ),
-        "",
-        f"**Robustness of recovery**, {tables['recovery_faces']} faces, judged by "
-        f"{tables['recovery_judge']}: the face comes from the key, its rim from the photo. A photo "
-        f"of another size is refused ({tables['refused_of_another_size']:.0%} of trials) until it "
-        "is scaled or put back.",
-        "",
-        *table("change", "PSNR to the original", "TAR at FAR 1 %, same photo", rows=recovered),
+        *table("recognizer", "change", *head, rows=rows),
     ]
 
 
-def _keys(report: dict[str, Any]) -> list[str]:
-    records = report["protocol"]["keys"]
+def _recovery(found: dict[str, Any]) -> list[str]:
+    rows = [
+        (name, f"{row['psnr']:.2f} dB", interval(row["same_photo"]))
+        for name, row in found["under"].items()
+    ]
+    return [
+        f"**Robustness of recovery**, {found['faces']} faces, judged by {found['judge']}: the face "
+        "comes from the key, its rim from the photo. A photo of another size is refused "
+        f"({found['refused_of_another_size']:.0%} of trials) until it is scaled or put back.",
+        "",
+        *table("change", "PSNR to the original", "TAR at FAR 1 %, same photo", rows=rows),
+    ]
+
+
+def _keys(records: list[dict[str, Any]]) -> list[str]:
     names = list(records[0]["rates"])
     rows = [
         (
@@ -186,8 +191,7 @@ def _keys(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _diversity(report: dict[str, Any]) -> list[str]:
-    part = report["protocol"]["diversity"]
+def _diversity(part: dict[str, Any]) -> list[str]:
     rows = [
         (
             name,
@@ -212,7 +216,7 @@ def _diversity(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _groups(report: dict[str, Any]) -> list[str]:
+def _groups(found: list[dict[str, Any]]) -> list[str]:
     rows = [
         (
             row["attribute"],
@@ -220,7 +224,7 @@ def _groups(report: dict[str, Any]) -> list[str]:
             f"{row['faces']} / {row['people']}",
             *(interval(row["rates"][k]) for k in _NAMES),
         )
-        for row in report["protocol"]["groups"]
+        for row in found
     ]
     return [
         "**Groups**: share of faces that any independent recognizer matches with the same photo "

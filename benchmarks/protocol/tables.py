@@ -1,12 +1,14 @@
-"""Markdown tables, rates in words, and tables put between a document's markers."""
+"""Reports as JSON; Markdown tables, and where a document has room for them."""
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
-__all__ = ["insert", "interval", "percent", "table"]
+__all__ = ["insert", "interval", "percent", "table", "write_json"]
 
 
 def table(*head: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -39,3 +41,18 @@ def insert(document: Path, text: str, name: str = "quality") -> None:
     if not found:
         raise SystemExit(f"{document}: expected the markers {begin} and {end}")
     document.write_text(f"{before}{begin}\n{text}{end}{after}", encoding="utf-8")
+
+
+def write_json(path: Path, report: dict[str, Any]) -> None:
+    """A report, whole or not at all; floats to six digits, which is more than they mean."""
+    temporary = path.with_suffix(".part")
+    temporary.write_text(json.dumps(_rounded(report), indent=1) + "\n")
+    temporary.replace(path)
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.6g}") if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {name: _rounded(part) for name, part in value.items()}
+    return [_rounded(part) for part in value] if isinstance(value, list | tuple) else value
