@@ -97,7 +97,7 @@ def test_quality_measures_all_tables(
     sheets = {f"sheet-{kind}.png" for kind in ("anonymize", "hide", "recover", "blur", "mosaic")}
     assert sheets < names
     text = document.read_text()
-    assert text.count("**") == 2 * 11
+    assert text.count("**") == 2 * 9
     assert (out / "protocol.md").read_text() in text
     assert "speed | mosaic" in capsys.readouterr().out
     # A run that was broken off leaves what it had.

@@ -4,7 +4,7 @@ Written from its documented options: the detector's box grows by 0.3 of its size
 (`--mask-scale 1.3`); *blur* is a box filter half as wide and half as high as the grown box, shown
 inside the ellipse that the box holds; *mosaic* is squares of 20 pixels in the whole box, each of
 the colour of its first pixel (`--mosaicsize 20`). OpenCV does the filtering there, NumPy here: the
-pictures agree to rounding, times do not.
+pictures agree but for rounding and the last row and column of the mosaic, times do not.
 """
 
 from __future__ import annotations

@@ -98,12 +98,20 @@ def collect(
             "under": recovery_under(protector, shown, own_keys, judge, far),
         },
     )
-    yield "robustness", {j.name: protection_under(portraits, j, _DISTURBED, far) for j in outside}
+    yield (
+        "robustness",
+        {j.name: protection_under(portraits, j, _DISTURBED, far) for j in strangers_of(outside)},
+    )
+
+
+def strangers_of(judges: list[Judge]) -> list[Judge]:
+    """The independent ones, or all where there is none."""
+    return [j for j in judges if j.independent] or judges
 
 
 def _outcomes(judges: list[Judge], faces: int, far: float) -> dict[str, Any]:
     """What counts for each face: matched by any independent recognizer, and kept by all."""
-    judges = [j for j in judges if j.independent] or judges
+    judges = strangers_of(judges)
     own = np.arange(faces)
     hits = {
         kind: np.stack([j.gallery.matched(j.vectors[kind], own, far) for j in judges])

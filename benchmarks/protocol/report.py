@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from benchmarks.protocol.groups import SMALL
 from benchmarks.protocol.perception import PROXIES
-from benchmarks.protocol.tables import interval, percent, table
+from benchmarks.protocol.tables import interval, number, percent, table
 
 __all__ = ["as_markdown"]
 
@@ -97,7 +96,7 @@ def _looks(report: dict[str, Any]) -> list[str]:
     for kind, row in looks.items():
         name = _NAMES.get(kind, kind)
         changes.append(
-            (name, *(_number(row["changed"][p], 3 if p != "roll" else 1) for p in PROXIES))
+            (name, *(number(row["changed"][p], ".1f" if p == "roll" else ".3f") for p in PROXIES))
         )
         if "psnr" in row:
             rows.append(
@@ -107,8 +106,8 @@ def _looks(report: dict[str, Any]) -> list[str]:
                     f"{row['ssim']:.2f}",
                     f"{row['gmsd']:.3f}",
                     f"{row['detected']:.1%}",
-                    _number(row["landmark_error"], 3),
-                    _number(row["landmark_error_p90"], 3),
+                    number(row["landmark_error"], ".3f"),
+                    number(row["landmark_error_p90"], ".3f"),
                 )
             )
     return [
@@ -234,7 +233,3 @@ def _groups(found: list[dict[str, Any]]) -> list[str]:
         "",
         *table("attribute", "group", "faces / people", *_NAMES.values(), rows=rows),
     ]
-
-
-def _number(value: float, digits: int) -> str:
-    return "–" if math.isnan(value) else f"{value:.{digits}f}"

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["insert", "interval", "percent", "table", "write_json"]
+__all__ = ["insert", "interval", "number", "percent", "table", "write_json"]
 
 
 def table(*head: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
@@ -17,14 +17,19 @@ def table(*head: str, rows: Iterable[tuple[str, ...]]) -> list[str]:
     return [lines[0], "|" + "---|" * len(head), *lines[1:]]
 
 
+def number(value: float | None, form: str) -> str:
+    """A figure in a format, or a dash where there is none: NaN, in JSON null."""
+    return "–" if value is None or math.isnan(value) else format(value, form)
+
+
 def percent(rate: Mapping[str, float]) -> str:
     """A rate's value, or a dash where nothing was tried."""
-    return "–" if math.isnan(rate["value"]) else f"{rate['value']:.1%}"
+    return number(rate["value"], ".1%")
 
 
 def interval(rate: Mapping[str, float]) -> str:
     """A rate with its 95 % interval."""
-    if math.isnan(rate["value"]):
+    if not rate["trials"]:
         return "–"
     return f"{rate['value']:.1%} ({100 * rate['low']:.1f}…{100 * rate['high']:.1f})"
 
