@@ -6,6 +6,8 @@
 #                   built (16 GiB of memory, 6 GB of disk)
 #   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
 #                   QUALITY_ARGS for benchmarks/quality.py's own options
+#   make attack     what a network trained to undo the protection regains: QUALITY_DATA=folder to
+#                   judge on, ATTACK_DATA=folder of other people's faces to learn from
 #   make curves     protection against milliseconds of every sampler and guidance: QUALITY_DATA=folder
 #   make bench      what everything costs on this CPU, beside PyTorch, a GAN and blurring: minutes;
 #                   BENCH_ARGS for benchmarks/bench.py's own options
@@ -33,6 +35,9 @@ QUALITY_INDEPENDENT ?=
 QUALITY_OUTPUT ?= quality
 FUZZ_SECONDS ?= 60
 FUZZ_CORPUS ?= fuzz-corpus
+ATTACK_DATA ?=
+ATTACK_ARGS ?=
+ATTACK_OUTPUT ?= attack
 CURVES_ARGS ?=
 CURVES_OUTPUT ?= curves
 BENCH_ARGS ?=
@@ -45,7 +50,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow fuzz quality curves bench lint format clean
+.PHONY: help demo test test-slow fuzz quality attack curves bench lint format clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -96,6 +101,11 @@ quality: $(VENV)/stamp-quality
 	@test -n "$(QUALITY_DATA)" || { echo 'name a folder person/photo.jpg: make quality QUALITY_DATA=folder' >&2; exit 2; }
 	$(BIN)/python -m benchmarks.quality "$(QUALITY_DATA)" --out "$(QUALITY_OUTPUT)" --oracle \
 		$(addprefix --recognizer ,$(QUALITY_RECOGNIZERS)) $(addprefix --independent ,$(QUALITY_INDEPENDENT)) $(QUALITY_ARGS)
+
+attack: $(VENV)/stamp-quality
+	@test -n "$(QUALITY_DATA)" -a -n "$(ATTACK_DATA)" || { echo 'name two folders: make attack QUALITY_DATA=person/photo.jpg ATTACK_DATA=faces' >&2; exit 2; }
+	$(BIN)/python -m benchmarks.attack "$(ATTACK_DATA)" "$(QUALITY_DATA)" --out "$(ATTACK_OUTPUT)" \
+		$(addprefix --recognizer ,$(QUALITY_RECOGNIZERS)) $(addprefix --independent ,$(QUALITY_INDEPENDENT)) $(ATTACK_ARGS)
 
 curves: $(VENV)/stamp-quality
 	@test -n "$(QUALITY_DATA)" || { echo 'name a folder person/photo.jpg: make curves QUALITY_DATA=folder' >&2; exit 2; }

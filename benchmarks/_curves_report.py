@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+from benchmarks.protocol.tables import table
+
 __all__ = ["Operation", "as_markdown", "draw", "worst"]
 
 Operation = Literal["anonymize", "hide"]
@@ -21,12 +23,7 @@ def worst(record: dict[str, Any], operation: Operation) -> float:
 def as_markdown(report: dict[str, Any]) -> str:
     """Presets, sweep, recovery, refinement and the halves of the key, as tables."""
     tables = (_presets, _sweep, _recovery, _refinement, _keys)
-    return "\n".join(line for table in tables for line in (*table(report), ""))
-
-
-def _table(*head: str, rows: list[tuple[str, ...]]) -> list[str]:
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
-    return [lines[0], "|" + "---|" * len(head), *lines[1:]]
+    return "\n".join(line for part in tables for line in (*part(report), ""))
 
 
 def _presets(report: dict[str, Any]) -> list[str]:
@@ -47,7 +44,7 @@ def _presets(report: dict[str, Any]) -> list[str]:
         f"{paper['as released']:.0f} ms as released (four variants and their key). TAR at FAR 1 % "
         "of the worst independent recognizer.",
         "",
-        *_table(
+        *table(
             "operation",
             "preset",
             "UNet evaluations",
@@ -75,9 +72,7 @@ def _sweep(report: dict[str, Any]) -> list[str]:
     return [
         f"hide above: {report['sweep_faces']} faces. One thing changed about `fast`:",
         "",
-        *_table(
-            "sampler, guidance or spacing", "operation", "faces", "ms a face", "TAR", rows=rows
-        ),
+        *table("sampler, guidance or spacing", "operation", "faces", "ms a face", "TAR", rows=rows),
     ]
 
 
@@ -92,7 +87,7 @@ def _recovery(report: dict[str, Any]) -> list[str]:
         for r in report["recovery"]
         if "loss_db" in r
     ]
-    return _table("recovery", "UNet evaluations", "dB lost to the VAE round trip", rows=rows)
+    return table("recovery", "UNet evaluations", "dB lost to the VAE round trip", rows=rows)
 
 
 def _refinement(report: dict[str, Any]) -> list[str]:
@@ -101,7 +96,7 @@ def _refinement(report: dict[str, Any]) -> list[str]:
         for r in report["refinement"]
     ]
     head = ("gradient steps on the latent before inversion", "PSNR", "ms a face")
-    return _table(*head, rows=rows)
+    return table(*head, rows=rows)
 
 
 def _keys(report: dict[str, Any]) -> list[str]:
@@ -110,7 +105,7 @@ def _keys(report: dict[str, Any]) -> list[str]:
         (k["key_e"], k["key_i"], f"{k['psnr']:.2f} dB", *(f"{k[n]:.1%}" for n in names))
         for k in report["keys"]
     ]
-    return _table("key-E", "key-I", "PSNR", *(f"TAR {n}" for n in names), rows=rows)
+    return table("key-E", "key-I", "PSNR", *(f"TAR {n}" for n in names), rows=rows)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

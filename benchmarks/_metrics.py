@@ -58,8 +58,10 @@ def frechet_distance(a: Array, b: Array) -> float:
 
     Heusel et al. 2017, eq. 6. Tr √(Σa Σb) is taken as the sum of the singular values of Ya Ybᵀ for
     centred, scaled features Y, which is the same number without a matrix square root, and stable
-    when there are fewer faces than dimensions.
+    when there are fewer faces than dimensions. NaN for fewer than two faces.
     """
+    if min(len(a), len(b)) < 2:
+        return float("nan")
     x, y = np.asarray(a, np.float64), np.asarray(b, np.float64)
     mean_x, mean_y = x.mean(0), y.mean(0)
     x, y = (x - mean_x) / np.sqrt(len(x) - 1), (y - mean_y) / np.sqrt(len(y) - 1)

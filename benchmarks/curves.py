@@ -33,6 +33,7 @@ from benchmarks._metrics import Verification, frechet_distance, psnr
 from benchmarks._oracle import paper_seconds
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
 from benchmarks._refine import refinement
+from benchmarks.protocol.people import strangers
 from benchmarks.quality import FAR, Pixels, insert, load_people, named_files
 from diffveil.align import crop_face, similarity
 from diffveil.bundle import Bundle
@@ -269,17 +270,6 @@ class Bench:
 
     def _psnr(self, out: Pixels) -> float:
         return float(np.mean([psnr(a, b) for a, b in zip(out, self.crops, strict=False)]))
-
-
-def strangers(people: list[str]) -> NDArray[np.intp]:
-    """For each face a face of another person, [N]: the next one in the list, round its end."""
-    count = len(people)
-    return np.array(
-        [
-            next(j % count for j in range(i + 1, i + count) if people[j % count] != person)
-            for i, person in enumerate(people)
-        ]
-    )
 
 
 def main(argv: list[str] | None = None) -> int:

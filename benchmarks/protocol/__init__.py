@@ -1,0 +1,1 @@
+"""What `benchmarks.quality` and `benchmarks.attack` measure with."""
