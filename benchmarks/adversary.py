@@ -2,8 +2,8 @@
 
     python -m benchmarks.adversary PEOPLE --train FOLDER --independent NAME=FILE…
 
-PEOPLE holds `person/photo.jpg` of people that no training saw; FOLDER any aligned faces, of other
-people. Every attacker uses the recognizers given. It sets its own threshold, at FAR 1 % of its own
+PEOPLE holds `person/photo.jpg` of people that no training saw; FOLDER the same of other people: a
+person of both would teach the attacker the answers, one of two names would count as an impostor. Every attacker uses the recognizers given. It sets its own threshold, at FAR 1 % of its own
 impostor pairs: an attacker may choose, unlike the operator of an existing system.
 
 - *match*: anonymized faces against original photos of the same people.
@@ -33,10 +33,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image, ImageFilter
 
 import diffveil
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
-from benchmarks.quality import Pixels, blurred, insert, load_people, named_files
+from benchmarks.protocol.people import Pixels, load_people, named_files
+from benchmarks.protocol.tables import insert
 from diffveil.align import crop_face, similarity
 from diffveil.detectors import CenterFace
 from diffveil.masks import face_mask
@@ -101,6 +103,12 @@ def remade(operations: FaceOperations, crops: Pixels, plan: Plan, seed: int) -> 
         parts.append(to_pixels(operations.anonymize(images, plan, keys=keys)[:, 0]))
         print(f"{start + len(images)}/{len(crops)} faces", file=sys.stderr, flush=True)
     return np.concatenate(parts)
+
+
+def blurred(crops: Pixels) -> Pixels:
+    """Crops [N, S, S, 3] blurred by a tenth of their size."""
+    radius = ImageFilter.GaussianBlur(crops.shape[1] / 10)
+    return np.stack([np.asarray(Image.fromarray(crop).filter(radius)) for crop in crops])
 
 
 def greyed(crops: Pixels, mask: F32) -> Pixels:
@@ -199,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
     mask = face_mask(size, protector.bundle.template)
     covers: dict[str, Callable[[Pixels, int], Pixels]] = {
         "ours": lambda crops, seed: remade(operations, crops, plan, seed),
-        "blur": lambda crops, _: np.stack([blurred(crop) for crop in crops]),
+        "blur": lambda crops, _: blurred(crops),
         "grey": lambda crops, _: greyed(crops, mask),
     }
     faces: dict[str, dict[str, Pixels]] = {cover: {} for cover in covers}
