@@ -3,8 +3,9 @@
     python -m benchmarks.adversary PEOPLE --train FOLDER --independent NAME=FILE…
 
 PEOPLE holds `person/photo.jpg` of people that no training saw; FOLDER the same of other people: a
-person of both would teach the attacker the answers, one of two names would count as an impostor. Every attacker uses the recognizers given. It sets its own threshold, at FAR 1 % of its own
-impostor pairs: an attacker may choose, unlike the operator of an existing system.
+person of both would teach the attacker the answers, and one under two names would count as an
+impostor. Every attacker uses the recognizers given. It sets its own threshold, at FAR 1 % of its
+own impostor pairs: an attacker may choose, unlike the operator of an existing system.
 
 - *match*: anonymized faces against original photos of the same people.
 - *link*: anonymized photos of one person against each other. That finds out who appears twice, not
