@@ -121,7 +121,7 @@ def recovery_under(
         recovered = []
         for index, (portrait, key) in enumerate(zip(portraits, keys, strict=True)):
             photo = _disturb(name, portrait.outputs["anonymize"], index)
-            pixels = np.asarray(protector.recover(photo, key).image.convert("RGB"))
+            pixels = np.asarray(protector.recover(photo, key, reencoded=True).image.convert("RGB"))
             recovered.append(Portrait(portrait.person, pixels, portrait.face))
         noise = [
             psnr(
@@ -146,7 +146,7 @@ def refused_as_cut(
     for portrait, key in zip(portraits, keys, strict=True):
         photo = portrait.outputs["anonymize"]
         try:
-            protector.recover(np.ascontiguousarray(photo[:-1]), key)
+            protector.recover(np.ascontiguousarray(photo[:-1]), key, reencoded=True)
         except KeyMismatchError:
             refused += 1
     return refused / len(portraits)
