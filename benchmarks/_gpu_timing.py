@@ -5,12 +5,11 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-__all__ = ["Timing", "resident_bytes", "timed"]
+__all__ = ["Timing", "timed"]
 
 _FEWEST = 5
 _WARM_UP = 3
@@ -76,12 +75,3 @@ def timed(
         spent.append(1000 * (time.perf_counter() - started))
     p50, p90 = np.quantile(spent, (0.5, 0.9)).tolist()
     return Timing(p50, p90, len(spent))
-
-
-def resident_bytes() -> int | None:
-    """Memory of this process in RAM; None where the system does not say."""
-    try:
-        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
-    except OSError:
-        return None
-    return pages * 4096

@@ -38,7 +38,7 @@ from PIL import Image, ImageFilter
 
 import diffveil
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
-from benchmarks.protocol.people import Pixels, load_people, named_files
+from benchmarks.protocol.people import Pixels, add_arguments, load_people, named_files
 from benchmarks.protocol.tables import insert
 from diffveil.align import crop_face, similarity
 from diffveil.detectors import CenterFace
@@ -178,11 +178,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("people", type=Path, metavar="PEOPLE")
+    add_arguments(parser)
     parser.add_argument("--train", type=Path, required=True, metavar="FOLDER")
-    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--bundle", type=Path)
     parser.add_argument("--preset", default="fast")
     parser.add_argument(
         "--unconditional",

@@ -29,7 +29,7 @@ from benchmarks._metrics import psnr
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
 from benchmarks.protocol.baselines import BASELINES
 from benchmarks.protocol.pairs import Protection, make_pairs, training_files
-from benchmarks.protocol.people import Pixels, Portrait, load_people, named_files
+from benchmarks.protocol.people import Pixels, Portrait, add_arguments, load_people, named_files
 from benchmarks.protocol.tables import insert, interval, percent, table, write_json
 from benchmarks.protocol.verification import Gallery
 from diffveil.align import crop_face, similarity
@@ -152,10 +152,7 @@ def main(argv: list[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("train", type=Path, metavar="TRAIN")
-    parser.add_argument("people", type=Path, metavar="PEOPLE")
-    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--bundle", type=Path)
+    add_arguments(parser)
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--pairs", type=int, default=2000, help="training photos")
     parser.add_argument("--pair-minutes", type=float, default=60, help="at most, for making pairs")

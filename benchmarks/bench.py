@@ -27,7 +27,7 @@ from benchmarks import _cases_beside, _cases_ours, _cases_process, _cases_scalin
 from benchmarks._report import as_markdown, draw
 from benchmarks._results import Recorder, Result, latest, read
 from benchmarks._session import Session
-from benchmarks.quality import insert
+from benchmarks.protocol.tables import insert
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
 

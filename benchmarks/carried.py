@@ -29,7 +29,7 @@ from PIL import Image
 import diffveil
 from benchmarks._metrics import psnr
 from benchmarks._recognizers import ARCFACE_TEMPLATE, Embed, load_recognizer
-from benchmarks.quality import Portrait, load_people, named_files
+from benchmarks.protocol.people import Portrait, add_arguments, load_people, named_files
 from diffveil.align import crop_face, paste_faces, similarity
 from diffveil.carried import face_key
 from diffveil.carrying import CarriedFaces
@@ -219,10 +219,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("people", type=Path, metavar="PEOPLE")
-    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--bundle", type=Path)
+    add_arguments(parser)
     parser.add_argument("--faces", type=int, default=40, help="faces, one a person")
     parser.add_argument("--gallery", type=int, default=6, help="photos a person for impostor pairs")
     parser.add_argument("--far", type=float, default=0.001)

@@ -33,8 +33,9 @@ from benchmarks._metrics import Verification, frechet_distance, psnr
 from benchmarks._oracle import paper_seconds
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
 from benchmarks._refine import refinement
-from benchmarks.protocol.people import strangers
-from benchmarks.quality import FAR, Pixels, insert, load_people, named_files
+from benchmarks.protocol.people import Pixels, add_arguments, load_people, named_files, strangers
+from benchmarks.protocol.tables import insert
+from benchmarks.quality import FAR
 from diffveil.align import crop_face, similarity
 from diffveil.bundle import Bundle
 from diffveil.detectors import CenterFace
@@ -276,10 +277,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("people", type=Path, metavar="PEOPLE")
-    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--bundle", type=Path)
+    add_arguments(parser)
     parser.add_argument(
         "--guide",
         action="append",

@@ -32,7 +32,7 @@ import torch
 
 from benchmarks._gpu_bundle import SIZES, make_bundle, random_components
 from benchmarks._gpu_report import Results, Row
-from benchmarks._gpu_timing import resident_bytes, timed
+from benchmarks._gpu_timing import timed
 from benchmarks._gpu_torch import (
     DTYPES,
     Mode,
@@ -42,6 +42,7 @@ from benchmarks._gpu_torch import (
     torch_device,
     wait_for,
 )
+from benchmarks._timing import resident_bytes
 from diffveil.bundle import Bundle
 from diffveil.engines import BACKENDS, Backend, Programs, select_backend
 from diffveil.engines._cuda import Device

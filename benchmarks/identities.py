@@ -28,7 +28,7 @@ from PIL import Image
 
 import diffveil
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
-from benchmarks.quality import Portrait, load_people, named_files
+from benchmarks.protocol.people import Portrait, add_arguments, load_people, named_files
 from diffveil.align import crop_face, similarity
 from diffveil.detectors import CenterFace
 from diffveil.pseudonyms import code_of, nearest
@@ -111,10 +111,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("people", type=Path, metavar="PEOPLE")
-    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
-    parser.add_argument("--bundle", type=Path)
+    add_arguments(parser)
     parser.add_argument("--max-people", type=int, default=13)
     parser.add_argument("--probes", type=int, default=3, help="photos a person beside the enrolled")
     parser.add_argument("--far", type=float, default=0.01)

@@ -32,7 +32,7 @@ from benchmarks.protocol.baselines import BASELINES
 from benchmarks.protocol.collect import FARS, KINDS, collect, draw_baselines, pictures
 from benchmarks.protocol.groups import read_attributes
 from benchmarks.protocol.judges import load_judges
-from benchmarks.protocol.people import Pixels, Portrait, load_people, named_files
+from benchmarks.protocol.people import Portrait, add_arguments, load_people, named_files
 from benchmarks.protocol.perception import looks
 from benchmarks.protocol.pictures import contact_sheet
 from benchmarks.protocol.summary import OPERATIONS, as_markdown, recognition
@@ -42,8 +42,6 @@ from diffveil.keys import RecoveryKey
 from diffveil.presets import preset as preset_named
 from diffveil.result import Result
 from diffveil.scenes import to_images, to_pixels
-
-__all__ = ["FAR", "Pixels", "Portrait", "insert", "load_people", "named_files"]
 
 FAR = FARS[0]
 
@@ -220,12 +218,9 @@ def _arguments(argv: list[str] | None) -> tuple[argparse.Namespace, argparse.Arg
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    add_arguments(parser)
     add = parser.add_argument
-    add("people", type=Path, metavar="PEOPLE")
-    add("--recognizer", action="append", default=[], metavar="NAME=FILE")
-    add("--independent", action="append", default=[], metavar="NAME=FILE")
     add("--attributes", type=Path, metavar="CSV", help="default: PEOPLE/attributes.csv")
-    add("--bundle", type=Path)
     add("--preset", default="fast")
     add("--max-people", type=int, default=40)
     add("--photos", type=int, default=5, help="protected of each person, at most")

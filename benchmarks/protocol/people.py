@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ __all__ = [
     "SUFFIXES",
     "Pixels",
     "Portrait",
+    "add_arguments",
     "central_face",
     "load_people",
     "named_files",
@@ -82,6 +84,14 @@ def strangers(people: list[str]) -> NDArray[np.intp]:
             for i, person in enumerate(people)
         ]
     )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare whose photos to measure, who judges them, and the bundle."""
+    parser.add_argument("people", type=Path, metavar="PEOPLE")
+    parser.add_argument("--recognizer", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--independent", action="append", default=[], metavar="NAME=FILE")
+    parser.add_argument("--bundle", type=Path)
 
 
 def named_files(values: Iterable[str]) -> dict[str, Path]:

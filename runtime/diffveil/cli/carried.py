@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     from diffveil.secretkeys import secret_key
 
     secret = secret_key(passphrase)
-    protector = Protector.load(args.bundle, backend=args.backend)
+    protector = Protector.load(args.bundle, backend=args.backend, max_memory=args.max_memory)
     status: int = ExitCode.DONE
     for job in jobs:
         with ProgressBar("recover") as bar:
