@@ -326,13 +326,15 @@ class FaceOperations:
             own = np.repeat(self._own_noise(faces, denoise.undistilled(), table), variants, axis=0)
             noise = _mixed(own, noise, plan.fresh_noise)
         x = add_noise(self.schedule, clean, noise, table.start_timestep)
-        gradient = IdentityGuidance(
-            self.programs,
-            plan.guidance,
-            faces.identities if anchors is None else anchors,
-            variants=variants,
-            max_batch=self.max_batch,
-        )
+        gradient = None
+        if any(step.g != 0.0 for step in table.steps):  # else nobody need be recognised
+            gradient = IdentityGuidance(
+                self.programs,
+                plan.guidance,
+                faces.identities if anchors is None else anchors,
+                variants=variants,
+                max_batch=self.max_batch,
+            )
         background = None
         if plan.background_below:
             masks = np.repeat(faces.masks, variants, axis=0)
@@ -342,7 +344,7 @@ class FaceOperations:
             return self._step_noise(keys, variants, index)
 
         denoise = denoise.varied(variants)
-        if can_run_fused(self.programs, plan, table):
+        if gradient is not None and can_run_fused(self.programs, plan, table):
             x = run_fused(
                 self.programs,
                 table,

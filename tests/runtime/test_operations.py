@@ -228,6 +228,15 @@ def test_operations_on_one_batch_ask_once(
         assert len(backend.inputs(program)) == 1
 
 
+def test_nobody_is_recognised_for_a_plan_without_guidance(
+    programs: Programs, backend: FakeBackend, crops: F32
+) -> None:
+    unguided = replace(ANONYMIZE.guidance, weight=((-1, 0.0),))
+    plan = replace(ANONYMIZE, guidance=unguided)
+    FaceOperations(programs).anonymize(crops, plan, keys=noise_keys(3))
+    assert not backend.inputs("recognize") and not backend.inputs("guide")
+
+
 def test_progress_counts_the_steps(operations: FaceOperations, crops: F32) -> None:
     seen: list[tuple[int, int]] = []
     operations.anonymize(
