@@ -181,6 +181,7 @@ def _bars(results: Iterable[Result]) -> Any:
     axis.bar_label(bars, [_number(value) for value in middle], padding=6)
     axis.set(xscale="log", xlabel="milliseconds a face (bars 20th to 80th percentile)")
     axis.set_xlim(right=4 * float(high.max()))
+    axis.margins(y=0.01)
     axis.invert_yaxis()
     return figure
 
@@ -222,6 +223,10 @@ def _draw_growth(axis: Any, points: Sequence[Result], law: Law | None) -> None:
         dense = np.geomspace(x.min(), x.max(), 50)
         axis.plot(dense, law(dense), "-", color="grey", label=str(law))
         axis.legend(fontsize=8)
-    axis.set(xscale="log", yscale="log", ylabel=f"{points[0].metric}, {points[0].unit}", xticks=x)
+    axis.set(xscale="log", ylabel=f"{points[0].metric}, {points[0].unit}", xticks=x)
+    if points[0].metric == "time":
+        axis.set(yscale="log", yticks=y, yticklabels=[_number(value) for value in y])
+    else:  # from zero: growth by a tenth shall look like a tenth
+        axis.set_ylim(0.0, 1.25 * float(y.max()))
     axis.minorticks_off()
     axis.set_xticklabels([f"{value:g}" for value in x])

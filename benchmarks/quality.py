@@ -33,7 +33,7 @@ from benchmarks.protocol.collect import FARS, KINDS, collect, draw_baselines, pi
 from benchmarks.protocol.groups import read_attributes
 from benchmarks.protocol.judges import load_judges
 from benchmarks.protocol.people import Portrait, add_arguments, load_people, named_files
-from benchmarks.protocol.perception import looks
+from benchmarks.protocol.perception import looks, yardsticks
 from benchmarks.protocol.pictures import contact_sheet
 from benchmarks.protocol.summary import OPERATIONS, as_markdown, recognition
 from benchmarks.protocol.tables import insert, write_json
@@ -181,6 +181,7 @@ def main(argv: list[str] | None = None) -> int:
         judge.look(portraits, gallery, list(KINDS))
         _note(f"recognizer {judge.name}")
     report["perception"] = looks(portraits, KINDS, detector)
+    report["ssim_yardsticks"] = yardsticks(portraits)
     report["recognition"] = recognition(portraits, judges)
     args.out.mkdir(parents=True, exist_ok=True)
     template, size = np.asarray(protector.bundle.template), protector.bundle.image_size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from benchmarks._recognizers import ARCFACE_TEMPLATE
 from benchmarks.protocol.baselines import blur, mosaic
 from benchmarks.protocol.groups import SMALL, breakdown, labels_of, read_attributes
 from benchmarks.protocol.people import Portrait, strangers
-from benchmarks.protocol.perception import gaze, gmsd, looks, proxies
+from benchmarks.protocol.perception import gaze, gmsd, looks, proxies, yardsticks
 from benchmarks.protocol.pictures import contact_sheet, one_a_person
 from benchmarks.protocol.robustness import DISTURBANCES
 from benchmarks.protocol.tables import insert, interval, percent
@@ -184,6 +185,17 @@ def test_gmsd_is_nothing_for_equal_and_grows_with_damage(rng: np.random.Generato
     )
     assert gmsd(smooth, smooth) == 0
     assert 0 < gmsd(smooth, little) < gmsd(smooth, much)
+
+
+def test_yardsticks_replace_the_face_and_nothing_else(rng: np.random.Generator) -> None:
+    portraits = []
+    for person in "ab":
+        pixels = np.repeat(rng.integers(0, 256, (130, 120, 1)), 3, 2).astype(np.uint8)
+        portraits.append(Portrait(person, pixels, FACE))
+    marks = yardsticks(portraits)
+    assert 0 < marks["another_person"] < 1 and 0 < marks["grey"] < 1
+    same = [replace(portraits[0], person="c"), portraits[0]]
+    assert yardsticks(same)["another_person"] == pytest.approx(1)
 
 
 def test_proxies_tell_turning_from_tilting() -> None:

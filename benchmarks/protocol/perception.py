@@ -16,8 +16,9 @@ from benchmarks._metrics import psnr
 from benchmarks._recognizers import ARCFACE_TEMPLATE
 from benchmarks.protocol.people import Pixels, Portrait, strangers
 from diffveil.faces import Face, FaceDetector
+from diffveil.masks import face_mask
 
-__all__ = ["PROXIES", "gaze", "gmsd", "likeness", "looks", "proxies"]
+__all__ = ["PROXIES", "gaze", "gmsd", "likeness", "looks", "proxies", "yardsticks"]
 
 #: Proxies and their units.
 PROXIES = {
@@ -82,6 +83,27 @@ def likeness(portraits: list[Portrait], operation: str) -> dict[str, float]:
         rows.append((min(psnr(a, b), 100.0), ssim, gmsd(a, b)))
     mean = np.mean(rows, axis=0)
     return {"psnr": float(mean[0]), "ssim": float(mean[1]), "gmsd": float(mean[2])}
+
+
+def yardsticks(portraits: list[Portrait]) -> dict[str, float]:
+    """What SSIM is where nothing of a face can be left, as mean of the same crops as `likeness`.
+
+    The pixels that protection replaces are taken from another person's aligned face, or are grey;
+    around them stays the photo, as everywhere.
+    """
+    from skimage.metrics import structural_similarity
+
+    mask = face_mask(112, ARCFACE_TEMPLATE)[..., None]
+    crops = [p.crop("original", ARCFACE_TEMPLATE, 112) for p in portraits]
+    rows = []
+    for crop, other in zip(crops, strangers([p.person for p in portraits]), strict=True):
+        row = []
+        for fill in (crops[other].astype(np.float64), np.full(crop.shape, 128.0)):
+            replaced = np.rint(crop + mask * (fill - crop)).astype(np.uint8)
+            row.append(float(structural_similarity(crop, replaced, channel_axis=2)))
+        rows.append(row)
+    mean = np.mean(rows, axis=0)
+    return {"another_person": float(mean[0]), "grey": float(mean[1])}
 
 
 def proxies(landmarks: NDArray[np.float64], crop: Pixels) -> dict[str, float]:

@@ -74,6 +74,12 @@ def as_markdown(report: dict[str, Any]) -> str:
         f"| hide | CenterFace still finds a face | {per['hide']['detected']:.1%} |",
         f"| hide | SSIM to the original, ArcFace crop | {per['hide']['ssim']:.2f} |",
     ]
+    if "ssim_yardsticks" in report:
+        marks = report["ssim_yardsticks"]
+        lines.append(
+            "| for comparison | SSIM with another person's face in its place, or a grey patch "
+            f"| {marks['another_person']:.2f}, {marks['grey']:.2f} |"
+        )
     for row in report["recognition"]:
         kind = (
             "independent"
