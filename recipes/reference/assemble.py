@@ -63,8 +63,9 @@ def main() -> None:
         "--few-scale",
         type=float,
         default=0.4,
-        help="share of the few-step change to the UNet that ships: all of it draws crisp and "
-        "mottled faces, none of it soft ones (default: %(default)s)",
+        help="share of distill.py's change to the UNet that ships where train_stranger.py has not "
+        "gone on from it: all of it draws crisp and mottled faces, none of it soft ones (default: "
+        "%(default)s)",
     )
     args = parser.parse_args()
 
@@ -89,7 +90,9 @@ def main() -> None:
     write_part(args.out / "recognizer", recognizer)
     write_part(args.out / "conditioner", diffusion.conditioner)
     diffusion.unet.save_pretrained(args.out / "unet")
-    if (args.work / "few.safetensors").exists():
+    if (args.work / "stranger.safetensors").exists():
+        save_file(load_file(args.work / "stranger.safetensors"), args.out / "few.safetensors")
+    elif (args.work / "few.safetensors").exists():
         change = load_file(args.work / "few.safetensors")
         for name in change:
             if name.endswith(".up.weight"):
