@@ -1,14 +1,12 @@
-"""The library's front: whole photos in, protected photos and recovery keys out."""
+"""What a protector holds, whatever it is asked: programs, operations and a detector."""
 
 from __future__ import annotations
 
 import os
 import threading
-import time
 from collections.abc import Sequence
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TypedDict, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +14,6 @@ from numpy.typing import NDArray
 from diffveil.align import similarity
 from diffveil.batching import MAX_BATCH
 from diffveil.bundle import Bundle
-from diffveil.carried import anonymize_carried, recover_carried
 from diffveil.engines import (
     AUTO,
     Backend,
@@ -25,66 +22,21 @@ from diffveil.engines import (
     parse_memory,
     select_backend,
 )
-from diffveil.errors import OptionError
-from diffveil.faces import Face, FaceDetector
+from diffveil.faces import FaceDetector
 from diffveil.keys import RecoveryKey
-from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
-from diffveil.photos import PhotoSource, load_photo
-from diffveil.plans import Preset
-from diffveil.protection import Protection, protect
-from diffveil.pseudonyms import People
-from diffveil.recovery import recover
-from diffveil.result import FaceEmbeddings, Result
-from diffveil.sampling import Progress
-from diffveil.scenes import (
-    OnMissing,
-    Scene,
-    is_one_photo,
-    read_scenes,
-    several_photos,
-    to_images,
-)
-from diffveil.secretkeys import Secret, secret_key
+from diffveil.scenes import OnMissing, Scene, is_one_photo, read_scenes
 
 if TYPE_CHECKING:
-    from typing_extensions import Unpack
+    from typing_extensions import Self
 
-__all__ = ["Protector"]
-
-
-class _Options(TypedDict, total=False):
-    """Keyword arguments that `anonymize` and `hide` share, for type checkers."""
-
-    variants: int
-    preset: str | Preset | None
-    steps: int | None
-    strength: float | None
-    seed: int | NoiseKey | None
-    aligned: bool
-    on_missing: OnMissing
-    make_key: bool
-    progress: Progress | None
+__all__ = ["Workbench"]
 
 
-class _AnonymizeOptions(_Options, total=False):
-    """Keyword arguments of `anonymize` alone."""
+class Workbench:
+    """Programs of one bundle on one backend, and a detector; each loaded when first needed.
 
-    carry: bool
-    secret: Secret | None
-    pseudonym: Secret | None
-    people: People | None
-
-
-class Protector:
-    """Protects faces in photos with one bundle on one backend. Safe to share between threads.
-
-    `Protector.load()` is the usual way to get one.
-
-    Args:
-        programs: The bundle's programs on a backend.
-        detector: Finds faces; by default CenterFace, loaded when first needed.
-        threads: CPU threads of the default detector.
+    Arguments are those of `Protector`.
     """
 
     def __init__(
@@ -112,7 +64,7 @@ class Protector:
         threads: int | None = None,
         verify: bool = False,
         max_memory: int | str | None = None,
-    ) -> Protector:
+    ) -> Self:
         """Open a bundle. Programs and the detector are loaded when they are first needed.
 
         Args:
@@ -151,7 +103,7 @@ class Protector:
             programs = _named(bundle, backend, verify, budget)
         return cls(programs, detector=detector, threads=threads)
 
-    def __enter__(self) -> Protector:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(
@@ -196,363 +148,10 @@ class Protector:
                 self._detector = CenterFace.load(threads=self._threads)
             return self._detector
 
-    @overload
-    def anonymize(  # type: ignore[overload-overlap]  # a str is one path, never a sequence
-        self,
-        source: PhotoSource,
-        *,
-        faces: Sequence[Face] | None = None,
-        **options: Unpack[_AnonymizeOptions],
-    ) -> Result: ...
-
-    @overload
-    def anonymize(
-        self,
-        source: Sequence[PhotoSource],
-        *,
-        faces: Sequence[Sequence[Face] | None] | None = None,
-        **options: Unpack[_AnonymizeOptions],
-    ) -> list[Result]: ...
-
-    def anonymize(
-        self,
-        source: Any,
-        *,
-        variants: int = 1,
-        preset: str | Preset | None = None,
-        steps: int | None = None,
-        strength: float | None = None,
-        seed: int | NoiseKey | None = None,
-        faces: Any = None,
-        aligned: bool = False,
-        on_missing: OnMissing = "error",
-        make_key: bool = True,
-        progress: Progress | None = None,
-        carry: bool = False,
-        secret: Secret | None = None,
-        pseudonym: Secret | None = None,
-        people: People | None = None,
-    ) -> Any:
-        """Replace faces by those of nobody: neither people nor machines recognise the person.
-
-        All faces of all photos of one call go through the programs together. A result depends on
-        its own photo and the options only, not on what else is in the call.
-
-        Args:
-            source: A path, a file's bytes, a Pillow image or an array uint8 [H, W, 3] RGB (see
-                `diffveil.load_photo`); or a sequence of them.
-            variants: Number of different results for each photo.
-            preset: Name of a preset or a preset of your own; by default `"fast"`.
-            steps: Sampling steps at strength 1, in place of the preset's.
-            strength: How far to go from the photo, in (0, 1], in place of the preset's.
-            seed: Makes results reproducible, 0 … 2**256 - 1; by default fresh randomness. Who
-                knows the seed can redraw the noise, so keep it as a secret or leave it out.
-            faces: The faces, if the app has found them itself; for a sequence of photos, one
-                sequence of faces each, or None where they shall be detected.
-            aligned: Each photo is itself one aligned face: square, with its landmarks where the
-                bundle's template has them. Nothing is detected. As in any photo, only the face's
-                mask changes, so the borders stay as they are.
-            on_missing: What happens when a photo has no face: `"error"`, or `"keep"` it unchanged.
-            make_key: Whether to make the recovery key; without, nobody gets the faces back.
-            progress: Called as `progress(done, total)` after each step.
-            carry: The new faces carry the old ones: no recovery key is made, and `recover_carried`
-                needs the photo and the secret alone. No preset applies.
-            secret: With `carry`, what recovers the photo: a passphrase, 32 random bytes or a
-                `NoiseKey`.
-            pseudonym: A secret (as above) under which a person becomes the same new face in every
-                photo, and another under another secret. No preset applies.
-            people: With `pseudonym`, the people to tell apart, by name: embeddings of each,
-                float32 [E] or [K, E], as `embed` gives them. What an enrolled person becomes
-                depends on name and secret. Faces that match nobody are matched with each other
-                within the call, and become what the first of them decides.
-
-        Returns:
-            A result; for a sequence, a list of results in the same order.
-
-        Raises:
-            PhotoError: A photo cannot be read.
-            NoFaceError: A photo has no face and `on_missing` is `"error"`. No photo is processed.
-            OptionError: An argument is out of range.
-            EngineError: A program cannot be loaded or failed.
-        """
-        if carry or pseudonym is not None:
-            if variants != 1 or any(o is not None for o in (preset, steps, strength, seed)):
-                raise OptionError(
-                    "variants, preset, steps, strength and seed do not apply to carry and pseudonym"
-                )
-            if carry and pseudonym is not None:
-                raise OptionError("carry and pseudonym: a face can be one of them, not both")
-        if people is not None and pseudonym is None:
-            raise OptionError("people: they are for pseudonym")
-        if carry:
-            return self._carry(secret, source, faces, aligned, on_missing, progress)
-        if secret is not None:
-            raise OptionError(
-                "secret: it is for carry; recovery keys are sealed after they are made"
-            )
-        protection = Protection.choose(
-            "anonymize",
-            preset=preset,
-            steps=steps,
-            strength=strength,
-            variants=variants,
-            seed=seed,
-            make_key=make_key,
-        )
-        if pseudonym is not None:
-            protection = replace(protection, pseudonym=secret_key(pseudonym), people=people)
-        return self._protect(protection, source, faces, aligned, on_missing, progress)
-
-    @overload
-    def hide(  # type: ignore[overload-overlap]  # a str is one path, never a sequence
-        self,
-        source: PhotoSource,
-        *,
-        faces: Sequence[Face] | None = None,
-        **options: Unpack[_Options],
-    ) -> Result: ...
-
-    @overload
-    def hide(
-        self,
-        source: Sequence[PhotoSource],
-        *,
-        faces: Sequence[Sequence[Face] | None] | None = None,
-        **options: Unpack[_Options],
-    ) -> list[Result]: ...
-
-    def hide(
-        self,
-        source: Any,
-        *,
-        variants: int = 1,
-        preset: str | Preset | None = None,
-        steps: int | None = None,
-        strength: float | None = None,
-        seed: int | NoiseKey | None = None,
-        faces: Any = None,
-        aligned: bool = False,
-        on_missing: OnMissing = "error",
-        make_key: bool = True,
-        progress: Progress | None = None,
-    ) -> Any:
-        """Change faces so that people do not recognise them and the bundle's recognizer does.
-
-        `embed` of the protected photo matches `embed` of the original. Arguments, result and
-        errors are those of `anonymize`.
-        """
-        protection = Protection.choose(
-            "hide",
-            preset=preset,
-            steps=steps,
-            strength=strength,
-            variants=variants,
-            seed=seed,
-            make_key=make_key,
-        )
-        return self._protect(protection, source, faces, aligned, on_missing, progress)
-
-    @overload
-    def recover(
-        self,
-        photo: PhotoSource,
-        key: RecoveryKey,
-        *,
-        reencoded: bool = False,
-        progress: Progress | None = None,
-    ) -> Result: ...
-
-    @overload
-    def recover(
-        self,
-        photo: Sequence[PhotoSource],
-        key: Sequence[RecoveryKey],
-        *,
-        reencoded: bool = False,
-        progress: Progress | None = None,
-    ) -> list[Result]: ...
-
-    def recover(
-        self,
-        photo: Any,
-        key: Any,
-        *,
-        reencoded: bool = False,
-        progress: Progress | None = None,
-    ) -> Any:
-        """Put the original faces back: those that the key holds; all others stay protected.
-
-        The backend that made the keys is used where it is among those that can run here and none
-        was named; where another one runs, `Result.expected_loss` says what that costs.
-
-        Args:
-            photo: The protected photo as it was saved, or a lossless copy; or a sequence of photos.
-            key: Its recovery key; or one for each photo of the sequence. Keys of several holders
-                become one by `RecoveryKey.join`.
-            reencoded: Accept a photo whose pixels are not those that the key belongs to, if its
-                size is the same and it looks alike in coarse colours: after another lossy encoding,
-                or with other faces recovered already. It is then not sure to be the same picture.
-            progress: Called as `progress(done, total)` after each step.
-
-        Returns:
-            A result whose image shows the original faces; for a sequence, a list of them.
-
-        Raises:
-            PhotoError: A photo cannot be read.
-            KeyMismatchError: A key belongs to another bundle or photo.
-            OptionError: There is not one key for each photo, or one was wiped.
-            EngineError: A program cannot be loaded or failed.
-        """
-        started = time.perf_counter()
-        single = is_one_photo(photo)
-        sources = [photo] if single else several_photos(photo)
-        keys = list(key) if isinstance(key, list | tuple) else [key]
-        for one in keys:
-            if not isinstance(one, RecoveryKey):
-                raise OptionError(
-                    f"key: received {type(one).__name__}, expected a RecoveryKey; "
-                    "open key files with RecoveryKey.unseal"
-                )
-        if len(sources) != len(keys):
-            raise OptionError(
-                f"key: received {len(keys)} keys for {len(sources)} photos, expected one each"
-            )
-        photos = [load_photo(source) for source in sources]
-        operations = self._operations_for(keys)
-        results = recover(
-            operations, photos, keys, reencoded=reencoded, started=started, progress=progress
-        )
-        return results[0] if single else results
-
-    @overload
-    def embed(  # type: ignore[overload-overlap]  # a str is one path, never a sequence
-        self,
-        source: PhotoSource,
-        *,
-        faces: Sequence[Face] | None = None,
-        aligned: bool = False,
-        on_missing: OnMissing = "error",
-    ) -> FaceEmbeddings: ...
-
-    @overload
-    def embed(
-        self,
-        source: Sequence[PhotoSource],
-        *,
-        faces: Sequence[Sequence[Face] | None] | None = None,
-        aligned: bool = False,
-        on_missing: OnMissing = "error",
-    ) -> list[FaceEmbeddings]: ...
-
-    def embed(
-        self,
-        source: Any,
-        *,
-        faces: Any = None,
-        aligned: bool = False,
-        on_missing: OnMissing = "error",
-    ) -> Any:
-        """What an authorised recognizer sees: the identity embedding of every face.
-
-        Use it to match hidden faces with enrolled ones. Arguments and errors are those of
-        `anonymize`.
-
-        Returns:
-            Faces and their embeddings; for a sequence, a list of them.
-        """
-        scenes = self._scenes(source, faces, aligned, on_missing)
-        width = self.bundle.dimensions.embedding_width
-        vectors = np.empty((0, width), dtype=np.float32)
-        crops = [scene.crops for scene in scenes if scene.faces]
-        if crops:
-            vectors = self.operations.embed(to_images(np.concatenate(crops)))
-        ends = np.cumsum([len(scene.faces) for scene in scenes])
-        found = [
-            FaceEmbeddings(scene.faces, vectors[end - len(scene.faces) : end].copy())
-            for scene, end in zip(scenes, ends, strict=True)
-        ]
-        return found[0] if is_one_photo(source) else found
-
-    def recover_carried(
-        self,
-        source: PhotoSource | Sequence[PhotoSource],
-        secret: Secret,
-        *,
-        faces: Any = None,
-        aligned: bool = False,
-        on_missing: OnMissing = "error",
-        progress: Progress | None = None,
-    ) -> Any:
-        """Put back the faces of photos that were anonymized with `carry`.
-
-        Nothing in a photo says whether it carries a face, nor whether the secret is the right one:
-        with another secret, or from another photo, faces of nobody come out, and no error.
-
-        Args:
-            source: The protected photo, of any size and compression; or a sequence of them.
-            secret: What it was anonymized with.
-            faces: As in `anonymize`, but found in the protected photo.
-            aligned: As in `anonymize`.
-            on_missing: As in `anonymize`.
-            progress: Called after each step.
-
-        Returns:
-            A result whose image shows the original faces; for a sequence, a list of them.
-
-        Raises:
-            PhotoError: A photo cannot be read.
-            NoFaceError: A photo has no face and `on_missing` is `"error"`.
-            OptionError: An argument is out of range.
-            EngineError: A program cannot be loaded or failed.
-        """
-        started = time.perf_counter()
-        key = secret_key(secret)
-        scenes = self._scenes(source, faces, aligned, on_missing)
-        results = recover_carried(self.operations, scenes, key, started=started, progress=progress)
-        return results[0] if is_one_photo(source) else results
-
-    def _carry(
-        self,
-        secret: Secret | None,
-        source: Any,
-        faces: Any,
-        aligned: bool,
-        on_missing: OnMissing,
-        progress: Progress | None,
-    ) -> Result | list[Result]:
-        if secret is None:
-            raise OptionError("carry needs the secret that recovers the photo: give secret")
-        started = time.perf_counter()
-        key = secret_key(secret)
-        scenes = self._scenes(source, faces, aligned, on_missing)
-        results = anonymize_carried(
-            self.operations,
-            scenes,
-            key,
-            find=None if aligned or faces is not None else self._frames,
-            started=started,
-            progress=progress,
-        )
-        return results[0] if is_one_photo(source) else results
-
     def _frames(self, pixels: NDArray[np.uint8]) -> list[NDArray[np.float64]]:
         """Where the detector would crop, photo to crop."""
         found = self.detector.detect(pixels)
         return [similarity(face.landmarks, self.bundle.template) for face in found]
-
-    def _protect(
-        self,
-        protection: Protection,
-        source: Any,
-        faces: Any,
-        aligned: bool,
-        on_missing: OnMissing,
-        progress: Progress | None,
-    ) -> Result | list[Result]:
-        started = time.perf_counter()
-        scenes = self._scenes(source, faces, aligned, on_missing)
-        results = protect(self.operations, scenes, protection, started=started, progress=progress)
-        return results[0] if is_one_photo(source) else results
 
     def _operations_for(self, keys: Sequence[RecoveryKey]) -> FaceOperations:
         """The operations on the backend that made the keys, or the usual ones."""
