@@ -9,10 +9,10 @@ from functools import partial
 from examples.demo import carried_photo
 
 from benchmarks._cases_ours import OPERATIONS_EXCLUDE, operation_ways
-from benchmarks._covers import COVERS
 from benchmarks._session import Session
 from benchmarks._timing import Way, clock, in_turns
 from benchmarks.peers import NotRunError, PeerProcess
+from benchmarks.protocol.baselines import BASELINES
 from diffveil.presets import PRESETS
 
 __all__ = ["gan", "optimum", "paper", "photos"]
@@ -32,7 +32,7 @@ def photos(session: Session) -> None:
             ways, faces = _photo_ways(session, name)
             if deface is not None:
                 path = str(carried_photo(name))
-                for kind in COVERS:
+                for kind in BASELINES:
                     ways[f"deface {kind}"] = partial(_asked, deface, photo=path, way=kind)
             session.keep(
                 f"photo/{name}",
@@ -51,14 +51,14 @@ def _photo_ways(session: Session, name: str) -> tuple[dict[str, Way], int]:
     faces = protector.detector.detect(pixels)
 
     def covered(kind: str) -> object:
-        return COVERS[kind](pixels, protector.detector.detect(pixels))
+        return BASELINES[kind](pixels, *protector.detector.detect(pixels))
 
     ours = session.provider
     ways = {
         ours: clock(partial(protector.anonymize, pixels, seed=1, make_key=False)),
         f"{ours}, with key": clock(partial(protector.anonymize, pixels, seed=1)),
     }
-    ways |= {f"Pillow and NumPy {kind}": clock(partial(covered, kind)) for kind in COVERS}
+    ways |= {f"NumPy {kind}": clock(partial(covered, kind)) for kind in BASELINES}
     return ways, len(faces)
 
 

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from benchmarks import bench
 from benchmarks._cases_scaling import leak_slopes
-from benchmarks._covers import blur, mosaic
 from benchmarks._laws import fit, slopes
 from benchmarks._report import as_markdown, draw
 from benchmarks._results import UNITS, Recorder, Result, ResultError, append, latest, read
@@ -27,7 +26,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import diffveil
-from fake_photos import face_at
 from fake_programs import DIMENSIONS, fake_programs
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -222,24 +220,6 @@ def test_peaks_are_of_one_call() -> None:
         "print(json.dumps([large, peak_of(lambda: None)]))"
     )
     assert large - small > 20
-
-
-def test_covers_change_faces_alone(rng: np.random.Generator) -> None:
-    photo = rng.integers(0, 256, (120, 140, 3), dtype=np.uint8)
-    face = face_at(70.0, 60.0)
-    x0, y0, x1, y1 = (int(v) for v in face.box)
-    dx, dy = 0.3 * (x1 - x0) + 1, 0.3 * (y1 - y0) + 1
-    for cover in (blur, mosaic):
-        changed = np.any(cover(photo, [face]) != photo, axis=2)
-        assert changed[60, 70] or cover is mosaic
-        rows, columns = np.nonzero(changed)
-        assert rows.min() >= y0 - dy
-        assert rows.max() <= y1 + dy
-        assert columns.min() >= x0 - dx
-        assert columns.max() <= x1 + dx
-        assert cover(photo, []).tobytes() == photo.tobytes()
-    assert blur(photo, [face])[55:65, 65:75].std() < photo[55:65, 65:75].std() / 2
-    assert len(np.unique(mosaic(photo, [face])[55:65, 65:75].reshape(-1, 3), axis=0)) <= 4
 
 
 def test_a_peer_without_environment_is_not_run(

@@ -160,6 +160,25 @@ def test_blur_averages_half_the_grown_box_inside_its_ellipse(rng: np.random.Gene
     assert (out[20:100, 50:70] != photo[20:100, 50:70]).any(-1).mean() > 0.95
 
 
+def test_blur_is_the_mean_of_a_mirrored_window_everywhere(rng: np.random.Generator) -> None:
+    photo = rng.integers(0, 256, (130, 120, 3)).astype(np.uint8)
+    out, region = blur(photo, FACE)[12:108, 28:92], photo[12:108, 28:92]
+    wide = np.pad(region, ((24, 23), (16, 15), (0, 0)), mode="reflect").astype(float)
+    inside = np.argwhere((out != region).any(-1))
+    for y, x in inside[rng.integers(0, len(inside), 50)]:
+        mean = wide[y : y + 48, x : x + 32].mean((0, 1))
+        assert np.abs(out[y, x] - mean).max() <= 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("draw", [blur, mosaic])
+def test_faces_are_drawn_one_after_the_other(draw, rng: np.random.Generator) -> None:  # type: ignore[no-untyped-def]
+    photo = rng.integers(0, 256, (130, 120, 3)).astype(np.uint8)
+    before, other = photo.copy(), Face((60, 50, 100, 110), FACE.landmarks)
+    np.testing.assert_array_equal(draw(photo, FACE, other), draw(draw(photo, FACE), other))
+    np.testing.assert_array_equal(draw(photo), before)
+    np.testing.assert_array_equal(photo, before)
+
+
 def test_mosaic_shows_the_first_pixel_of_every_square(rng: np.random.Generator) -> None:
     photo = rng.integers(0, 256, (130, 120, 3)).astype(np.uint8)
     out = mosaic(photo, FACE)

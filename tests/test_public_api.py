@@ -31,7 +31,7 @@ def test_all_errors_are_exported() -> None:
 def test_exports_are_documented(name: str) -> None:
     value = getattr(diffveil, name)
     assert inspect.getdoc(value)
-    for attribute, member in vars(value).items() if inspect.isclass(value) else ():
+    for attribute, member in inspect.getmembers(value) if inspect.isclass(value) else ():
         if not attribute.startswith("_") and callable(member):
             assert inspect.getdoc(getattr(value, attribute)), f"{name}.{attribute}"
 

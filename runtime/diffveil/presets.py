@@ -9,7 +9,7 @@ from types import MappingProxyType
 from diffveil.errors import OptionError
 from diffveil.plans import Guidance, Inversion, Plan, Preset
 
-__all__ = ["DEFAULT_PRESET", "PRESETS", "preset"]
+__all__ = ["DEFAULT_PRESET", "PRESETS", "PSEUDONYM", "preset"]
 
 
 def preset(name: str) -> Preset:
@@ -111,3 +111,21 @@ PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in (_FAST, _BA
 
 DEFAULT_PRESET = "fast"
 """Name of the preset that is used when none is named."""
+
+# Unconditional throughout, and all noise: a photo's own conditioning or latent would make the new
+# face another one in each photo. So little guidance that the decoy stays a face.
+PSEUDONYM = Plan(
+    sampler="dpm++2m",
+    steps=6,
+    strength=1.0,
+    conditional_above=1000,
+    background_below=300,
+    guidance=Guidance(
+        weight=((-1, 0.06),),
+        normalise="rms",
+        scale_with_noise=True,
+        margin=0.7,
+        mode="attract",
+    ),
+)
+"""How a face becomes its decoy."""

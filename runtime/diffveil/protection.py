@@ -21,9 +21,9 @@ from diffveil.operations import FaceOperations
 from diffveil.photos import Photo
 from diffveil.pictures import picture_of
 from diffveil.plans import Plan, Preset
-from diffveil.presets import DEFAULT_PRESET
+from diffveil.presets import DEFAULT_PRESET, PSEUDONYM
 from diffveil.presets import preset as preset_named
-from diffveil.pseudonyms import PSEUDONYM, People, Pseudonyms
+from diffveil.pseudonyms import People, Pseudonyms
 from diffveil.result import Result
 from diffveil.sampling import Latent, Progress
 from diffveil.scenes import Scene, to_images, to_pixels

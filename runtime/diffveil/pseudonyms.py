@@ -23,34 +23,17 @@ from diffveil.denoising import Denoiser
 from diffveil.errors import OptionError
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceBatch, FaceOperations
-from diffveil.plans import Guidance, Plan
+from diffveil.presets import PSEUDONYM
 from diffveil.samplers import dpm_solver
 from diffveil.sampling import Progress, run
 
-__all__ = ["PSEUDONYM", "People", "Pseudonyms", "as_met", "code_of", "nearest"]
+__all__ = ["People", "Pseudonyms", "as_met", "code_of", "nearest"]
 
 _F32: TypeAlias = NDArray[np.float32]
 People: TypeAlias = Mapping[str, _F32]
 """Enrolled people by name: embeddings of unit length of each, float32 [E] or [K, E]."""
 
 _THRESHOLD = 0.4  # of a match, where a bundle states none
-# Unconditional throughout, and all noise: a photo's own conditioning or latent would make the new
-# face another one in each photo. So little guidance that the decoy stays a face.
-PSEUDONYM = Plan(
-    sampler="dpm++2m",
-    steps=6,
-    strength=1.0,
-    conditional_above=1000,
-    background_below=300,
-    guidance=Guidance(
-        weight=((-1, 0.06),),
-        normalise="rms",
-        scale_with_noise=True,
-        margin=0.7,
-        mode="attract",
-    ),
-)
-"""How a face becomes its decoy."""
 
 
 class Pseudonyms:

@@ -14,17 +14,17 @@ from diffveil.errors import OptionError
 from diffveil.keysecrets import check_passphrase
 from diffveil.noise import NoiseKey
 
-__all__ = ["Secret", "secret_key"]
+__all__ = ["SecretSource", "secret_key"]
 
-Secret: TypeAlias = "str | bytes | NoiseKey"
-"""A passphrase, 32 random bytes, or a key made elsewhere."""
+SecretSource: TypeAlias = "str | bytes | NoiseKey"
+"""What a key is made from: a passphrase, 32 random bytes, or a key made elsewhere."""
 
 # scrypt (RFC 7914): 128 MiB and about half a second a guess.
 _COST, _BLOCKS = 2**17, 8
 _SALT = b"diffveil/v1/secret"
 
 
-def secret_key(secret: Secret) -> NoiseKey:
+def secret_key(secret: SecretSource) -> NoiseKey:
     """The key of a secret.
 
     Raises:

@@ -7,7 +7,8 @@ import pytest
 
 from diffveil import NoiseKey, OptionError, Protector
 from diffveil.operations import FaceOperations
-from diffveil.pseudonyms import PSEUDONYM, Pseudonyms, code_of, nearest
+from diffveil.presets import PSEUDONYM
+from diffveil.pseudonyms import Pseudonyms, code_of, nearest
 from fake_photos import Pixels, key_of
 from fake_programs import fake_programs
 
