@@ -43,9 +43,23 @@ class Execution:
             if not self._context.set_input_shape(name, shapes[name]):
                 raise EngineError(f"program '{record.program}' refuses {name} {shapes[name]}")
 
-    def scratch(self) -> int:
-        """Give the context the lane's activation memory; its address is what graphs hold."""
-        memory = self.lane.scratch(self._size)
+    @property
+    def tensors(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Dtypes of the engine's inputs and of its outputs, by name."""
+        return self._record.inputs, self._record.outputs
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Activation memory that the engine needs."""
+        return self._size
+
+    def scratch(self, least: int = 0) -> int:
+        """Give the context the lane's activation memory; its address is what graphs hold.
+
+        Args:
+            least: Make it that large, for others that run on the lane in the same graph.
+        """
+        memory = self.lane.scratch(max(self._size, least))
         self._context.set_device_memory(memory.address, memory.size)
         return memory.address
 

@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from diffveil.engines._base import Array
+from diffveil.engines._base import Array, Engine
 from diffveil.engines._cuda import Graph, Memory, Pinned
 from diffveil.engines._execution import Execution
 from diffveil.engines._lanes import Lane, Lanes
 from diffveil.engines._loop import Carry
 from diffveil.engines.bound import shape_of
-from diffveil.engines.native_loop import NativeLoop
+from diffveil.engines.native_loop import Member, NativeLoop
 from diffveil.engines.records import EngineRecord
 from diffveil.errors import EngineError
 from diffveil.programs import Dimensions, ProgramSpec, check_inputs
@@ -24,9 +24,6 @@ __all__ = ["NativeEngine"]
 
 _KEPT = 4
 """Batch sizes of a lane for which an engine keeps buffers and graphs."""
-
-_K = TypeVar("_K", bound=Hashable)
-
 
 class _Bound:
     """A program's buffers on the device and on the host for one batch size on one lane."""
@@ -120,7 +117,6 @@ class NativeEngine:
         self._lanes, self._graphs = lanes, graphs
         self._lock = threading.Lock()
         self._bound: OrderedDict[tuple[int, int], _Bound] = OrderedDict()
-        self._loops: OrderedDict[tuple[int, int], NativeLoop] = OrderedDict()
 
     @property
     def program(self) -> ProgramSpec:
@@ -138,25 +134,37 @@ class NativeEngine:
             if bound is None:
                 bound = _Bound(self._execution(shapes, lane), self._record, shapes)
             outputs = bound.run(inputs, self._graphs)
-            self._keep(self._bound, key, bound)
+            self._keep(key, bound)
         return {t.name: outputs[t.name].astype(t.dtype, copy=False) for t in self._program.outputs}
 
     def loop(self, rows: int, carry: Carry) -> NativeLoop:
         """A loop whose tensors stay on the device; close it when its result has been read."""
-        shapes = self._shapes(rows)
+        return self._loop([self], rows, {self._program.name: carry})
+
+    def join(
+        self, others: Sequence[Engine], rows: int, carries: Mapping[str, Carry]
+    ) -> NativeLoop | None:
+        """A loop over several engines of one device; see `JoiningEngine.join`."""
+        engines = [self, *(e for e in others if isinstance(e, NativeEngine))]
+        if len(engines) <= len(others) or any(e._lanes is not self._lanes for e in engines):
+            return None
+        return self._loop(engines, rows, carries)
+
+    def _loop(
+        self, engines: Sequence[NativeEngine], rows: int, carries: Mapping[str, Carry]
+    ) -> NativeLoop:
+        shapes = {name: shape for e in engines for name, shape in e._shapes(rows).items()}
         lane = self._lanes.take()
         try:
-            key = id(lane), rows
-            with self._lock:
-                loop = self._loops.pop(key, None)
+            key = id(lane), rows, tuple(e._program.name for e in engines)
+            loop = self._lanes.loops.take(key, engines)
             if loop is None:
-                execution = self._execution(shapes, lane)
-                loop = NativeLoop(
-                    execution, self._record, self._program, shapes, carry, graphs=self._graphs
-                )
+                members = [Member(e._program, e._execution(e._shapes(rows), lane)) for e in engines]
+                loop = NativeLoop(members, shapes, carries, graphs=self._graphs)
 
             def done(loop: NativeLoop) -> None:
-                self._keep(self._loops, key, loop)
+                if all(e._engine is not None for e in engines):
+                    self._lanes.loops.keep(key, loop, engines)
                 self._lanes.give(lane)
 
             loop.begin(done)
@@ -170,15 +178,15 @@ class NativeEngine:
         with self._lock:
             self._engine = None
             self._bound.clear()
-            self._loops.clear()
+        self._lanes.loops.forget(self)
 
-    def _keep(self, kept: OrderedDict[_K, Any], key: _K, value: Any) -> None:
+    def _keep(self, key: tuple[int, int], bound: _Bound) -> None:
         with self._lock:
             if self._engine is None:
                 return
-            kept[key] = value
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
+            self._bound[key] = bound
+            while len(self._bound) > _KEPT:
+                self._bound.popitem(last=False)
 
     def _execution(self, shapes: Mapping[str, tuple[int, ...]], lane: Lane) -> Execution:
         engine = self._engine
