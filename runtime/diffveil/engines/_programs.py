@@ -89,6 +89,11 @@ class Programs:
             limits += [] if ask is None else [int(ask(self.bundle))]
         return min(limits, default=None)
 
+    @property
+    def takes_loops(self) -> bool:
+        """Whether the backend gains by loops that are handed over whole; see `whole_loop`."""
+        return bool(getattr(self.backend, "takes_loops", False))
+
     def preferring(self, name: str, why: str) -> Programs | None:
         """The same programs on another of the backends, with the others to fall back on.
 

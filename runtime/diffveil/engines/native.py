@@ -25,6 +25,7 @@ __all__ = ["NativeEngine"]
 _KEPT = 4
 """Batch sizes of a lane for which an engine keeps buffers and graphs."""
 
+
 class _Bound:
     """A program's buffers on the device and on the host for one batch size on one lane."""
 
@@ -157,7 +158,7 @@ class NativeEngine:
         lane = self._lanes.take()
         try:
             key = id(lane), rows, tuple(e._program.name for e in engines)
-            loop = self._lanes.loops.take(key, engines)
+            loop: NativeLoop | None = self._lanes.loops.take(key, engines)
             if loop is None:
                 members = [Member(e._program, e._execution(e._shapes(rows), lane)) for e in engines]
                 loop = NativeLoop(members, shapes, carries, graphs=self._graphs)

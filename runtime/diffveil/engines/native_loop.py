@@ -17,6 +17,8 @@ from diffveil.programs import ProgramSpec
 __all__ = ["Member", "NativeLoop"]
 
 _KEPT_GRAPHS = 4
+_MOST_CAPTURED = 256
+"""Calls of a loop that becomes a graph: each adds its network's kernels, and graphs take memory."""
 _Pattern: TypeAlias = tuple[tuple[str, tuple[int, ...], int], ...]
 
 
@@ -113,7 +115,7 @@ class NativeLoop:
             graph.launch(self._stream)
             for name in calls:
                 self._rotate(name)
-        elif key in self._graphs and self._capturable:
+        elif key in self._graphs and len(calls) <= _MOST_CAPTURED and self._capturable:
             with self._stream.capture() as made:
                 self._calls(schedule, calls)
             (graph,) = made

@@ -235,6 +235,11 @@ class ONNXRuntimeCUDA:
         """`onnxruntime-cuda`, whichever provider it is."""
         return "onnxruntime-cuda"
 
+    @property
+    def takes_loops(self) -> bool:
+        """True: tensors stay on the device from call to call."""
+        return True
+
     def available(self) -> Availability:
         """Whether ONNX Runtime brings the provider and a GPU is here."""
         state = installed(_INSTALL)

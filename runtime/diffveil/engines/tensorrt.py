@@ -77,6 +77,11 @@ class TensorRT:
         """`tensorrt-rtx` or `tensorrt`."""
         return self._name
 
+    @property
+    def takes_loops(self) -> bool:
+        """True: tensors stay on the device from call to call."""
+        return True
+
     def available(self) -> Availability:
         """Whether the library, the bindings of CUDA and a GPU are here."""
         # The GPU first: importing the library takes long, and without one it is for nothing.
