@@ -124,6 +124,11 @@ class NativeEngine:
         """The program that this engine executes."""
         return self._program
 
+    @property
+    def batches(self) -> tuple[int, int]:
+        """Fewest and most rows of one call, as the engine was built."""
+        return next(iter(self._record.profile.values())).min[0], self._record.max_batch
+
     def run(self, **inputs: Array) -> dict[str, Array]:
         """Execute the program once; see `Engine.run`."""
         rows = check_inputs(self._program, inputs, self._dimensions)
@@ -203,11 +208,11 @@ class NativeEngine:
         """
         if self._engine is None:
             raise EngineError(f"the engine of program '{self._program.name}' is closed")
-        least = next(iter(self._record.profile.values())).min[0]
-        if not least <= rows <= self._record.max_batch:
+        least, most = self.batches
+        if not least <= rows <= most:
             raise EngineError(
-                f"the engine of program '{self._program.name}' takes {least} to "
-                f"{self._record.max_batch} rows, received {rows}; build it with another --batch"
+                f"the engine of program '{self._program.name}' takes {least} to {most} rows, "
+                f"received {rows}; build it with another --batch"
             )
         tensors = (*self._program.inputs, *self._program.outputs)
         return {t.name: shape_of(t, self._dimensions, rows) for t in tensors}
