@@ -63,8 +63,8 @@ def _facts(results: Iterable[Result]) -> list[str]:
             f"- {r.run}, commit {r.commit or 'unknown'}, bundle {config.get('bundle')}, "
             f"`{config.get('command', '')}`: "
             f"{_gpu(machine)}{machine.get('processor')} ({machine.get('architecture')}), "
-            f"{machine.get('cpus')} CPUs, {config.get('threads')} threads, {machine.get('memory_gib')} GiB, load "
-            f"{config.get('load')} before; {packages}"
+            f"{machine.get('cpus')} CPUs, {config.get('threads')} threads, "
+            f"{machine.get('memory_gib')} GiB, load {config.get('load')} before; {packages}"
         )
     return [
         *lines,

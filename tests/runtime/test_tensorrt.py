@@ -453,7 +453,10 @@ def test_the_real_library_has_every_name_that_is_called() -> None:
         trt.IRuntimeConfig: (
             "set_execution_context_allocation_strategy",
             "dynamic_shapes_kernel_specialization_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
         ),
+        trt.IRuntimeCache: ("serialize", "deserialize"),
         trt.OnnxParserRefitter: ("refit_from_file",),
         trt.Refitter: ("refit_cuda_engine",),
     }.items():

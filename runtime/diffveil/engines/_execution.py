@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffveil.engines._kernel_cache import KernelCache
 from diffveil.engines._lanes import Lane
 from diffveil.engines.records import EngineRecord
 from diffveil.errors import EngineError
@@ -21,6 +22,7 @@ class Execution:
         record: How the engine was built.
         shapes: Shape of every input and output at that batch size.
         lane: Stream and activation memory.
+        kernels: Kernels that earlier processes compiled for the engine.
 
     Raises:
         EngineError: The library refuses.
@@ -33,10 +35,11 @@ class Execution:
         record: EngineRecord,
         shapes: Mapping[str, tuple[int, ...]],
         lane: Lane,
+        kernels: KernelCache | None = None,
     ) -> None:
         self.lane, self._record = lane, record
         self._size = int(engine.device_memory_size_v2)
-        self._context = _context(trt, engine)
+        self._context = _context(trt, engine, kernels)
         if self._context is None:
             raise EngineError(f"program '{record.program}': no execution context could be made")
         for name in record.inputs:
@@ -81,7 +84,7 @@ class Execution:
         return ask is None or bool(ask(self.lane.stream.handle))
 
 
-def _context(trt: Any, engine: Any) -> Any:
+def _context(trt: Any, engine: Any, kernels: KernelCache | None) -> Any:
     """An execution context that takes its activation memory from us."""
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     specialise = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -92,4 +95,6 @@ def _context(trt: Any, engine: Any) -> Any:
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
     config.dynamic_shapes_kernel_specialization_strategy = specialise.EAGER
+    if kernels is not None:
+        kernels.attach(config)
     return engine.create_execution_context(config)

@@ -12,6 +12,7 @@ import numpy as np
 from diffveil.engines._base import Array, Engine
 from diffveil.engines._cuda import Graph, Memory, Pinned
 from diffveil.engines._execution import Execution
+from diffveil.engines._kernel_cache import KernelCache
 from diffveil.engines._lanes import Lane, Lanes
 from diffveil.engines._loop import Carry
 from diffveil.engines.bound import shape_of
@@ -87,6 +88,7 @@ class NativeEngine:
         dimensions: Sizes of the bundle's fixed axes.
         lanes: Streams and memory that all engines of the backend share.
         graphs: Whether to capture graphs.
+        kernels: Where the library's compiled kernels are kept between processes.
 
     Raises:
         EngineError: Tensors of the engine are not those of the program.
@@ -102,6 +104,7 @@ class NativeEngine:
         lanes: Lanes,
         *,
         graphs: bool = True,
+        kernels: KernelCache | None = None,
     ) -> None:
         wanted = {t.name for t in program.inputs}, {t.name for t in program.outputs}
         if not record.inputs.keys() <= wanted[0] or record.outputs.keys() != wanted[1]:
@@ -115,7 +118,7 @@ class NativeEngine:
             raise EngineError(f"program '{program.name}': NumPy has no {', '.join(odd)}")
         self._trt, self._engine, self._record = trt, engine, record
         self._program, self._dimensions = program, dimensions
-        self._lanes, self._graphs = lanes, graphs
+        self._lanes, self._graphs, self._kernels = lanes, graphs, kernels
         self._lock = threading.Lock()
         self._bound: OrderedDict[tuple[int, int], _Bound] = OrderedDict()
 
@@ -140,6 +143,7 @@ class NativeEngine:
             if bound is None:
                 bound = _Bound(self._execution(shapes, lane), self._record, shapes)
             outputs = bound.run(inputs, self._graphs)
+            self._save_kernels()
             self._keep(key, bound)
         return {t.name: outputs[t.name].astype(t.dtype, copy=False) for t in self._program.outputs}
 
@@ -169,6 +173,8 @@ class NativeEngine:
                 loop = NativeLoop(members, shapes, carries, graphs=self._graphs)
 
             def done(loop: NativeLoop) -> None:
+                for engine in engines:
+                    engine._save_kernels()
                 if all(e._engine is not None for e in engines):
                     self._lanes.loops.keep(key, loop, engines)
                 self._lanes.give(lane)
@@ -186,6 +192,11 @@ class NativeEngine:
             self._bound.clear()
         self._lanes.loops.forget(self)
 
+    def _save_kernels(self) -> None:
+        """Keep what the library has compiled since; costs nothing where it has not."""
+        if self._kernels is not None:
+            self._kernels.save()
+
     def _keep(self, key: tuple[int, int], bound: _Bound) -> None:
         with self._lock:
             if self._engine is None:
@@ -198,7 +209,7 @@ class NativeEngine:
         engine = self._engine
         if engine is None:
             raise EngineError(f"the engine of program '{self._program.name}' is closed")
-        return Execution(self._trt, engine, self._record, shapes, lane)
+        return Execution(self._trt, engine, self._record, shapes, lane, self._kernels)
 
     def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a call with that many rows.
