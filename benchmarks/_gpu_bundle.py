@@ -17,6 +17,7 @@ from diffveil_export.components import Components
 from diffveil_export.exporter import export_bundle
 from diffveil_export.latent_guide import add_latent_guide
 from diffveil_export.latent_recognizer import LatentRecognizer
+from diffveil_export.loop_programs import add_loop_programs
 from diffveil_export.models.irse50 import IRSE50
 from diffveil_export.models.msi import MSI
 from diffveil_export.models.stable_diffusion import assemble
@@ -166,10 +167,11 @@ def make_bundle(
         progress: Told what begins.
 
     Returns:
-        A bundle with `denoise_few`, `guide_latent` and `step`.
+        A bundle with `denoise_few`, `guide_latent`, `step` and those of whole loops.
     """
     plain = export_bundle(components, workspace / "plain", precision=precision, progress=progress)
     d = plain.bundle.dimensions
     student = LatentRecognizer(d.latent_channels, d.latent_size, d.embedding_width).eval()
     guided = add_latent_guide(plain.bundle, student, workspace / "guided")
-    return fuse_step(guided, target)
+    fused = fuse_step(guided, workspace / "fused")
+    return add_loop_programs(fused, target)

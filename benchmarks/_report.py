@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,10 @@ _TITLES = {
     "img2img": "The same networks without guidance, beside optimum-onnx",
     "operation": "Operations of every preset, one aligned face",
     "program": "Programs, a face",
+    "correctness": "Held against golden data",
+    "hide": "hide, one aligned face",
+    "recover": "Inversion and recovery, one aligned face",
+    "kernel": "Kernels",
     "process": "Whole processes",
     "scaling": "Growth",
     "leak": "Memory over many calls",
@@ -58,9 +62,9 @@ def _facts(results: Iterable[Result]) -> list[str]:
         lines.append(
             f"- {r.run}, commit {r.commit or 'unknown'}, bundle {config.get('bundle')}, "
             f"`{config.get('command', '')}`: "
-            f"{machine.get('processor')} ({machine.get('architecture')}), {machine.get('cpus')} "
-            f"CPUs, {config.get('threads')} threads, {machine.get('memory_gib')} GiB, load "
-            f"{config.get('load')} before; {packages}"
+            f"{_gpu(machine)}{machine.get('processor')} ({machine.get('architecture')}), "
+            f"{machine.get('cpus')} CPUs, {config.get('threads')} threads, "
+            f"{machine.get('memory_gib')} GiB, load {config.get('load')} before; {packages}"
         )
     return [
         *lines,
@@ -68,6 +72,10 @@ def _facts(results: Iterable[Result]) -> list[str]:
         "Medians, 20th to 80th percentile, n measurements; × is the median ratio to ours (the row "
         "with × 1) within a turn.",
     ]
+
+
+def _gpu(machine: Mapping[str, Any]) -> str:
+    return f"{machine['gpu']}, driver {machine.get('driver')}, " if machine.get("gpu") else ""
 
 
 def _losses(results: Iterable[Result]) -> list[str]:
@@ -114,6 +122,8 @@ def _figures(r: Result) -> tuple[str, str, str]:
     if r.not_run:
         return f"not run: {r.not_run}", "", ""
     spread = f"{_number(r.p20)} … {_number(r.p80)}" if r.count > 1 else ""
+    if "p90" in r.config and r.metric.startswith("time"):
+        spread += f", p90 {_number(r.config['p90'])}"
     if r.unit == "exponent":
         return f"{r.metric}: {r.config.get('law', '')}", f"power {_number(r.p50)}", spread
     return r.metric, f"{_number(r.p50)} {r.unit}", spread

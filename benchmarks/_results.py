@@ -22,8 +22,8 @@ from benchmarks import _machine
 
 __all__ = ["UNITS", "Recorder", "Result", "ResultError", "append", "latest", "quantiles", "read"]
 
-UNITS = ("s", "ms", "MiB", "KiB/call", "×", "exponent", "faces/s")
-"""Units that results may have; `×` is a ratio within one run."""
+UNITS = ("s", "ms", "µs", "MiB", "KiB/call", "×", "exponent", "faces/s", "TFLOP/s", "share")
+"""Units that results may have; `×` is a ratio within one run, `share` a part of one."""
 
 _LONGEST_LINE = 16_384
 
@@ -129,13 +129,22 @@ class Recorder:
         path: The file of JSON lines; None keeps results in memory alone.
         config: Configuration of the whole run, part of every result's, beside the load that the
             machine had when it began.
+        hardware: What the machine has besides.
+        packages: Packages whose versions are noted besides.
     """
 
-    def __init__(self, path: Path | None = None, config: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        path: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        *,
+        hardware: Mapping[str, Any] | None = None,
+        packages: Iterable[str] = (),
+    ) -> None:
         self.path, self.results = path, list[Result]()
         self._common: dict[str, Any] = {
-            "hardware": _machine.hardware(),
-            "versions": _machine.versions(),
+            "hardware": {**_machine.hardware(), **(hardware or {})},
+            "versions": _machine.versions(packages),
             "commit": _machine.commit(),
             "run": _now(),
         }

@@ -1,275 +1,169 @@
 """Every backend on one machine: first whether it computes what it should, then how fast.
 
-    python -m benchmarks.gpu [--size sd1|tiny] [--out DIR] [--bundle DIR]
+    python -m benchmarks.gpu [--tiny] [--only PART …] [--minutes M] [--out FILE] [--bundle DIR]
 
 Makes a bundle of Stable Diffusion 1.x's size with random weights (speed does not depend on them),
-holds every backend that can run here against its golden data, and times those that pass: each
-program, and anonymize, hide and recover with each preset, at batch 1, 4 and 8. Beside them, in the
-same run, the published recipe in PyTorch and a GAN of StyleGAN2-1024's size, eager and compiled.
+builds engines where a GPU is, holds every backend that can run here against golden data, and times
+those that pass: each program, and anonymize, hide and recover with each preset, at batch 1, 4, 8.
+Kernels are held against NumPy and timed beside PyTorch. Beside all that, in the same run, stand the
+published recipe in PyTorch and a GAN of StyleGAN2-1024's size with an encoder of pSp's and e4e's,
+eager and compiled. What is absent is named with the reason.
+
+Results are appended to `--out` as they come, JSON lines of the benchmarks' one schema. Started
+again, the run leaves out what the file holds for the same size, precision and device: `--minutes 9`
+stops before a limit of ten, and the same command goes on. Tables and a chart are written beside
+the file at the end of every run. `--dry-run` shows what would be run, and builds every network
+without memory.
 
 Timed are calls on prepared crops, from host memory to host memory; loading, photos and files are
-not. Exporting the full-size bundle takes 16 GiB of host memory and minutes; `--bundle` keeps it.
-Where a GPU is, engines are built first. Without one it runs all the same, and says that its figures
-are a CPU's. Needs the export extra. Results are written as they come: `gpu.json`, and at the end
-`gpu.md` and `gpu.png`, in `--out`.
+not. Exporting the full-size bundle takes 16 GiB of host memory and minutes; it is kept in
+`--bundle`. Without a GPU the figures are a CPU's, and are marked so. Needs the export extra.
 """
 
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from functools import partial
-from importlib import metadata
+import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks._gpu_bundle import SIZES, make_bundle, random_components
-from benchmarks._gpu_report import Results, Row
-from benchmarks._gpu_timing import timed
-from benchmarks._gpu_torch import (
-    DTYPES,
-    Mode,
-    gan_cases,
-    matmul_ceiling,
-    paper_cases,
-    torch_device,
-    wait_for,
-)
-from benchmarks._timing import resident_bytes
+from benchmarks._gpu_gan import GanAnonymizer
+from benchmarks._gpu_report import absent, measured, newest, render
+from benchmarks._gpu_run import GpuRun, TimeIsUp, present_gpu
+from benchmarks._gpu_torch import DTYPES, Mode, gan_cases, paper_cases, torch_device
+from benchmarks._results import Recorder, read
 from diffveil.bundle import Bundle
-from diffveil.engines import BACKENDS, Backend, Programs, select_backend
-from diffveil.engines._cuda import Device
-from diffveil.engines.tensorrt import MODULES
-from diffveil.errors import DiffveilError
-from diffveil.golden import judge_for
-from diffveil.noise import NoiseKey
-from diffveil.operations import FaceOperations
 from diffveil.presets import PRESETS
-from diffveil_export.engines.builder import BuildOptions, build_engines
-from diffveil_export.engines.trt_api import load_builder
-from diffveil_export.verify import random_inputs
 
-_PACKAGES = (
-    "numpy",
-    "onnxruntime",
-    "onnxruntime-gpu",
-    "tensorrt",
-    "tensorrt-rtx",
-    "cuda-bindings",
-    "torch",
-    "triton",
+PARTS = ("kernels", "programs", "operations", "paper", "gan")
+"""What a run consists of, in order; correctness comes before any of it."""
+
+_PACKAGES = ("onnxruntime-gpu", "tensorrt", "tensorrt-rtx", "cuda-bindings", "cuda-core", "triton")
+_LABELS = {"paper": "published recipe", "gan": "StyleGAN2 and encoder"}
+_MODES: tuple[Mode, ...] = ("eager", "compile")
+_NO_GPU = (
+    "No GPU was found: these figures are a CPU's. They show that everything runs, and say nothing "
+    "about any GPU."
 )
-
-
-class Benchmark:
-    """One run.
-
-    Args:
-        bundle: What is run.
-        results: Where rows go.
-        batches: Faces of a call.
-        seconds: Time for each case.
-        say: Told what begins.
-    """
-
-    def __init__(
-        self,
-        bundle: Bundle,
-        results: Results,
-        batches: tuple[int, ...],
-        seconds: float,
-        say: Callable[[str], None],
-    ) -> None:
-        self.bundle, self.results = bundle, results
-        self.batches, self.seconds, self.say = batches, seconds, say
-        self.ceiling: float | None = None
-
-    def measure_ceiling(self, dtype: str, side: int) -> None:
-        """How many operations a second the device reaches in a large matrix product."""
-        self.say("measuring the ceiling")
-        device = torch_device()
-        product, flops = matmul_ceiling(device, DTYPES[dtype], side)
-        timing = timed(product, self.seconds, wait_for(device))
-        self.ceiling = flops / (timing.p50_ms / 1000)
-        self._add("ceiling", f"matmul {side}", f"PyTorch {device}", timing.record(1, flops))
-
-    def backends(self, names: list[str] | None) -> Iterator[Backend]:
-        """Those that can run here and compute what they should; rows say why others do not."""
-        judge = judge_for(self.bundle)
-        for name in names or BACKENDS:
-            self.say(f"checking {name}")
-            selection = select_backend(name, self.bundle)
-            backend = selection.backend
-            if backend is None:
-                self._add(
-                    "correctness", name, name, {"detail": f"not run: {selection.reasons[0].why}"}
-                )
-                continue
-            verdict = judge(backend)
-            self._add("correctness", name, name, {"ok": verdict.ok, "detail": verdict.why})
-            if verdict:
-                yield backend
-
-    def build(self) -> None:
-        """Engines of every builder that is installed, for the GPU that is here."""
-        options = BuildOptions(batch=tuple(sorted({1, *self.batches}))[-3:])
-        for name in MODULES:
-            self.say(f"building engines of {name}")
-            try:
-                build_engines(self.bundle, load_builder(name), options)
-            except DiffveilError as error:
-                self._add("build", name, name, {"error": str(error)[:2000]})
-
-    def programs(self, backend: Backend) -> None:
-        """Every program alone."""
-        for name in self.bundle.manifest.programs:
-            before = _memory()
-            try:
-                engine = backend.load(self.bundle, name)
-            except DiffveilError as error:
-                self._add("program", name, backend.name, {"error": str(error)})
-                continue
-            cost = self.bundle.program(name).cost
-            for batch in self.batches:
-                self.say(f"{backend.name}: {name}, batch {batch}")
-                inputs = random_inputs(
-                    engine.program,
-                    self.bundle.dimensions,
-                    batch,
-                    torch.Generator().manual_seed(batch),
-                )
-                feed = {
-                    t.name: x.numpy() for t, x in zip(engine.program.inputs, inputs, strict=True)
-                }
-                flops = None if cost is None else float(cost.flops * batch)
-                call = partial(engine.run, **feed)
-                self._time("program", name, backend.name, batch, call, flops=flops, before=before)
-            engine.close()
-
-    def operations(self, backend: Backend) -> None:
-        """Whole operations on crops with every preset."""
-        size = self.bundle.image_size
-        with Programs(self.bundle, backend) as programs:
-            operations = FaceOperations(programs)
-            for preset in PRESETS.values():
-                for batch in self.batches:
-                    rng = np.random.default_rng(batch)
-                    crops = rng.uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
-                    keys = [NoiseKey.from_seed(face) for face in range(batch)]
-
-                    def recovered(crops: Any = crops, inversion: Any = preset.recovery) -> object:
-                        return operations.recover(*operations.invert(crops, inversion), inversion)
-
-                    ways: dict[str, Callable[[], object]] = {
-                        "anonymize": partial(
-                            operations.anonymize, crops, preset.anonymize, keys=keys
-                        ),
-                        "hide": partial(operations.hide, crops, preset.hide, keys=keys),
-                        "recover": recovered,
-                    }
-                    for name, call in ways.items():
-                        self.say(f"{backend.name}: {name} {preset.name}, batch {batch}")
-                        self._time("operation", name, backend.name, batch, call, preset=preset.name)
-
-    def pytorch(
-        self,
-        label: str,
-        cases: Iterator[tuple[str, Mode, int, Callable[[], object]]],
-        device: torch.device,
-    ) -> None:
-        """What PyTorch does beside us."""
-        for name, mode, batch, call in cases:
-            self.say(f"{label} {mode}: {name}, batch {batch}")
-            self._time(
-                "operation", name, f"{label}, PyTorch {mode}", batch, call, wait=wait_for(device)
-            )
-
-    def _time(
-        self,
-        kind: str,
-        name: str,
-        backend: str,
-        batch: int,
-        call: Callable[[], object],
-        *,
-        flops: float | None = None,
-        before: int | None = None,
-        preset: str | None = None,
-        wait: Callable[[], object] = lambda: None,
-    ) -> None:
-        row: Row = {"batch": batch, "preset": preset}
-        try:
-            slow = kind == "operation"
-            timing = timed(
-                call,
-                self.seconds,
-                wait,
-                fewest=3 if slow else 5,
-                warm_up=2 if slow else 3,
-            )
-        except (DiffveilError, RuntimeError) as error:  # RuntimeError: PyTorch's out of memory
-            row["error"] = str(error).splitlines()[0][:300]
-        else:
-            row |= timing.record(batch, flops, self.ceiling)
-            row["ms_a_face"] = timing.p50_ms / batch
-            now = _memory()
-            if before is not None and now is not None:
-                row["memory"] = max(0, now - before)
-        self._add(kind, name, backend, row)
-
-    def _add(self, kind: str, name: str, backend: str, row: Row) -> None:
-        self.results.add({"kind": kind, "name": name, "backend": backend, **row})
-
-
-def _device() -> Device | None:
-    with suppress(DiffveilError):
-        return Device()
-    return None
-
-
-def _memory() -> int | None:
-    """Bytes in use on the GPU, or by this process where there is none."""
-    device = _device()
-    if device is None:
-        return resident_bytes()
-    free, total = device.free_and_total()
-    return total - free
-
-
-def _facts(bundle: Bundle, args: argparse.Namespace, command: str) -> Row:
-    device = _device()
-    versions: dict[str, str | None] = {"Python": platform.python_version()}
-    for name in _PACKAGES:
-        with suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    note = "Measured on a GPU."
-    if device is None:
-        note = (
-            "No GPU was found: these figures are a CPU's. They show that everything runs, and say "
-            "nothing about any GPU."
-        )
-    return {
-        "device": platform.machine() if device is None else device.name,
-        "driver": None if device is None else device.driver_version,
-        "device_note": note,
-        "gpu": device is not None,
-        "versions": versions,
-        "bundle": bundle.name,
-        "precision": args.precision,
-        "size": args.size,
-        "command": command,
-    }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code."""
+    given = sys.argv[1:] if arguments is None else arguments
+    args = _parser().parse_args(given)
+    args.precision = args.precision or ("float32" if args.size == "tiny" else "float16")
+    args.bundle = args.bundle or Path(f"build/gpu-{args.size}-{args.precision}")
+    gpu = present_gpu()
+    where = "CPU" if gpu is None else gpu.name
+    subject = f"{args.size}, {args.precision}, {where}"
+    if args.dry_run:
+        return _dry_run(args, subject)
+    note = _NO_GPU if gpu is None else f"Measured on {where}."
+    _say(note)
+    recorder = Recorder(
+        args.out,
+        {
+            "command": " ".join(["python -m benchmarks.gpu", *given]),
+            "subject": subject,
+            "bundle": f"random, {args.size}, {args.precision}",
+            "threads": torch.get_num_threads(),
+        },
+        hardware=None if gpu is None else {"gpu": where, "driver": gpu.driver_version},
+        packages=_PACKAGES,
+    )
+    run = GpuRun(
+        recorder,
+        args.seconds,
+        args.batches,
+        set() if args.again else measured(args.out, subject),
+        time.monotonic() + 60 * args.minutes,
+        _say,
+        args.presets,
+    )
+    ended = "everything that can run here is measured"
+    try:
+        _measure(args, run, gpu is not None)
+    except TimeIsUp:
+        ended = "the time is up: the same command goes on"
+    print(render(args.out, subject, note))
+    for line in absent(newest(read(args.out), subject)):
+        _say(line)
+    _say(ended)
+    return 0
+
+
+def _measure(args: argparse.Namespace, run: GpuRun, gpu: bool) -> None:
+    size, tiny = SIZES[args.size], args.size == "tiny"
+    if {"programs", "operations"} & set(args.only):
+        if not args.bundle.exists():
+            args.bundle.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=args.bundle.parent) as folder:
+                parts = random_components(size)
+                make_bundle(parts, args.bundle, Path(folder), args.precision, _say)
+        bundle = Bundle.load(args.bundle)
+        if gpu:
+            run.build(bundle)
+        run.measure_ceiling(args.precision, 256 if tiny else 8192)
+        passed = list(run.backends(bundle, args.backends))
+    else:
+        bundle, passed = None, []
+    if "kernels" in args.only:
+        run.kernels(*((1, 16, 40) if tiny else (4, 512, 2048)))
+    for backend in passed:
+        assert bundle is not None
+        if "programs" in args.only:
+            run.programs(bundle, backend)
+        if "operations" in args.only:
+            run.operations(bundle, backend)
+    device = torch_device()
+    common: Any = (device, args.precision, _MODES, args.batches, args.compiler)
+    if "paper" in args.only and _missing(run, "paper"):
+        run.pytorch(_LABELS["paper"], paper_cases(random_components(size), *common), device)
+    if "gan" in args.only and _missing(run, "gan"):
+        run.pytorch(_LABELS["gan"], gan_cases(size, *common), device)
+
+
+def _missing(run: GpuRun, part: str) -> list[tuple[str, str]]:
+    """Cases of PyTorch's side that are not measured yet."""
+    names = ("anonymize", "hide", "recover") if part == "paper" else ("anonymize",)
+    label = _LABELS[part]
+    cases = [
+        (f"{name}/{label}, {batch} at once", f"{label}, PyTorch {mode}")
+        for mode in _MODES
+        for batch in run.batches
+        for name in names
+    ]
+    return [case for case in cases if case not in run.done]
+
+
+def _dry_run(args: argparse.Namespace, subject: str) -> int:
+    """Say what would be run, and build all networks without memory for their weights."""
+    size, done = SIZES[args.size], measured(args.out, subject)
+    with torch.device("meta"):
+        parts = random_components(size)
+        network = GanAnonymizer(size.generator, size.encoder)
+    counted = {name: _parameters(module) for name, module in parts.modules().items()}
+    counted["GAN"] = _parameters(network)
+    print(f"{subject}; {', '.join(args.only)}; batches {args.batches}; {len(done)} figures there")
+    print("; ".join(f"{name} {number / 1e6:.1f} M" for name, number in counted.items()))
+    print(f"bundle {args.bundle}: {'there' if args.bundle.exists() else 'would be exported first'}")
+    return 0
+
+
+def _parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -277,45 +171,50 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--size", choices=list(SIZES), default="sd1")
     parser.add_argument("--tiny", action="store_const", const="tiny", dest="size", help="for a CPU")
-    parser.add_argument("--bundle", type=Path, help="made there if there is none")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument(
+        "--only", type=_parts, default=PARTS, metavar="PART,…", help=f"of {', '.join(PARTS)}"
+    )
+    parser.add_argument("--minutes", type=float, default=1e6, help="begin nothing after these")
+    parser.add_argument("--again", action="store_true", help="measure what is there already, too")
+    parser.add_argument("--dry-run", action="store_true", help="run nothing")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("benchmarks/results/gpu.jsonl"),
+        help="file of results to append to (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--bundle", type=Path, help="made there if there is none (default: build/gpu-…)"
+    )
     parser.add_argument("--precision", choices=list(DTYPES), help="default: float16; tiny: float32")
     parser.add_argument("--backends", type=lambda text: text.split(","), metavar="A,B")
-    parser.add_argument("--batches", default="1,4,8", help="default: %(default)s")
+    parser.add_argument(
+        "--presets", type=_presets, default=tuple(PRESETS), metavar="A,B", help="default: all"
+    )
+    parser.add_argument(
+        "--batches",
+        type=lambda text: tuple(int(batch) for batch in text.split(",")),
+        default=(1, 4, 8),
+        help="default: 1,4,8",
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="a case (default: %(default)g)")
     parser.add_argument("--compiler", default="inductor", help="back end of torch.compile")
-    parser.add_argument("--only", choices=("ours", "pytorch"), help="one half of the comparison")
-    args = parser.parse_args(arguments)
-    args.precision = args.precision or ("float32" if args.size == "tiny" else "float16")
-    batches = tuple(int(batch) for batch in args.batches.split(","))
-    command = " ".join(["python -m benchmarks.gpu", *(arguments or sys.argv[1:])])
+    return parser
 
-    def say(text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
 
-    size = SIZES[args.size]
-    with tempfile.TemporaryDirectory() as folder:
-        made = args.bundle or Path(folder) / "bundle"
-        if not made.exists():
-            make_bundle(random_components(size), made, Path(folder), args.precision, say)
-        bundle = Bundle.load(made)
-        results = Results(args.out, _facts(bundle, args, command))
-        say(results.facts["device_note"])
-        run = Benchmark(bundle, results, batches, args.seconds, say)
-        run.measure_ceiling(args.precision, 256 if args.size == "tiny" else 8192)
-        if args.only != "pytorch":
-            if results.facts["gpu"]:
-                run.build()
-            for backend in run.backends(args.backends):
-                run.programs(backend)
-                run.operations(backend)
-        if args.only != "ours":
-            device, modes = torch_device(), ("eager", "compile")
-            given: Any = (device, args.precision, modes, batches, args.compiler)
-            run.pytorch("the paper's recipe", paper_cases(random_components(size), *given), device)
-            run.pytorch("StyleGAN2 and e4e", gan_cases(size, *given), device)
-        print(results.finish())
-    return 0
+def _parts(text: str) -> tuple[str, ...]:
+    return _known(text, PARTS)
+
+
+def _presets(text: str) -> tuple[str, ...]:
+    return _known(text, tuple(PRESETS))
+
+
+def _known(text: str, known: tuple[str, ...]) -> tuple[str, ...]:
+    names = text.split(",")
+    if not set(names) <= set(known):
+        raise argparse.ArgumentTypeError(f"received {text}, expected of {', '.join(known)}")
+    return tuple(name for name in known if name in names)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from benchmarks._kernel_cases import Case, kernel_cases
 from diffveil_kernels.calls import Call
 from diffveil_kernels.errors import KernelError
 
-__all__ = ["check", "main", "measure", "missing"]
+__all__ = ["Record", "check", "main", "measure", "measure_here", "missing"]
 
 _RUNS = 20  # in one graph
 _REPEATS = 30
@@ -96,6 +96,17 @@ def measure(
     return records
 
 
+def measure_here(cases: Sequence[Case], save: Callable[[list[Record]], object]) -> list[Record]:
+    """`measure` with the kernels compiled for this GPU and launched both ways.
+
+    Raises:
+        KernelError: They cannot be compiled or loaded.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        launches = {"cuda-core": _by_cuda_core(Path(folder)), "triton": _by_triton()}
+        return measure(cases, launches, save=save)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure and write; returns the exit status."""
     parser = argparse.ArgumentParser(
@@ -122,13 +133,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(json.dumps(records[-1]))
 
     cases = kernel_cases("cuda", batch=args.batch, size=args.size, photo=args.photo)
-    with tempfile.TemporaryDirectory() as folder:
-        try:
-            launches = {"cuda-core": _by_cuda_core(Path(folder)), "triton": _by_triton()}
-        except KernelError as error:
-            print(f"benchmarks.kernels: {error}", file=sys.stderr)
-            return 1
-        records = measure(cases, launches, save=save)
+    try:
+        records = measure_here(cases, save)
+    except KernelError as error:
+        print(f"benchmarks.kernels: {error}", file=sys.stderr)
+        return 1
     return 0 if all(record["correct"] for record in records) else 1
 
 

@@ -45,6 +45,8 @@ class FakeTensorRT:
         refitted: ONNX files that engines were filled from.
         contexts: Contexts that were made.
         capturable: What contexts say about being captured; None: they cannot say.
+        caches: Runtime caches that were made; None: the library has none.
+        compiled: Engines whose kernels no cache had.
         refuse: Message with which deserialising fails, if any.
     """
 
@@ -57,6 +59,8 @@ class FakeTensorRT:
         self.engines = self.contexts = 0
         self.refitted: list[str] = []
         self.capturable: bool | None = True
+        self.caches: list[FakeCache] | None = [] if rtx else None
+        self.compiled = 0
         self.refuse = ""
         self.refit_fails = False
         if rtx:
@@ -90,6 +94,24 @@ class FakeTensorRT:
         return SimpleNamespace(refit_from_file=read)
 
 
+class FakeCache:
+    """A runtime cache; it takes what another one gave, and refuses anything else."""
+
+    def __init__(self, trt: FakeTensorRT) -> None:
+        self.kernels = b""
+        assert trt.caches is not None
+        trt.caches.append(self)
+
+    def deserialize(self, data: bytes) -> bool:
+        if data != b"kernels":
+            return False
+        self.kernels = data
+        return True
+
+    def serialize(self) -> bytes:
+        return self.kernels
+
+
 class _Engine:
     def __init__(self, trt: FakeTensorRT, content: dict[str, Any]) -> None:
         self.trt, self.device_memory_size_v2 = trt, content["scratch"]
@@ -99,7 +121,15 @@ class _Engine:
         )
 
     def create_runtime_config(self) -> Any:
-        config = SimpleNamespace(strategy=None)
+        config = SimpleNamespace(strategy=None, cache=None)
+
+        def use(cache: FakeCache) -> bool:
+            config.cache = cache
+            return True
+
+        if self.trt.caches is not None:
+            config.create_runtime_cache = lambda: FakeCache(self.trt)
+            config.set_runtime_cache = use
 
         def choose(strategy: Strategy) -> None:
             config.strategy = strategy
@@ -110,6 +140,9 @@ class _Engine:
     def create_execution_context(self, how: Any) -> Any:
         if isinstance(how, SimpleNamespace):
             assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
+            if how.cache is not None and how.cache.kernels == b"":
+                self.trt.compiled += 1
+                how.cache.kernels = b"kernels"
             how = how.strategy
         assert how is Strategy.USER_MANAGED
         self.trt.contexts += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
@@ -10,45 +9,105 @@ import torch
 from benchmarks import gpu
 from benchmarks._gpu_bundle import SIZES, random_components
 from benchmarks._gpu_gan import GanAnonymizer, StyleEncoder, StyleGenerator
-from benchmarks._gpu_report import Results, as_markdown, draw
+from benchmarks._gpu_report import measured, newest
+from benchmarks._gpu_run import GpuRun
 from benchmarks._gpu_timing import timed
+from benchmarks._results import Recorder, read
 
-FACTS = {
-    "device_note": "note",
-    "bundle": "b",
-    "precision": "float32",
-    "device": "d",
-    "versions": {"p": "1", "q": None},
-    "command": "c",
-}
+
+def words(bundle: Path, folder: Path, *more: str) -> list[str]:
+    """A run on a CPU that takes little."""
+    return [
+        *("--tiny", "--bundle", str(bundle), "--out", str(folder / "gpu.jsonl")),
+        *("--batches", "2", "--seconds", "0", "--presets", "fast"),
+        *more,
+    ]
 
 
 def test_it_runs_end_to_end(
     tiny_bundle_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = ["--tiny", "--bundle", str(tiny_bundle_path), "--out", str(tmp_path)]
-    words += ["--batches", "2", "--seconds", "0", "--only", "ours"]
-    assert gpu.main(words) == 0
-    report = json.loads((tmp_path / "gpu.json").read_text())
-    assert "No GPU was found" in report["device_note"] or report["gpu"]
-    rows = report["rows"]
-    by_kind = {kind: [r for r in rows if r["kind"] == kind] for kind in {r["kind"] for r in rows}}
+    ours = ("--only", "kernels,programs,operations")
+    # The time is up at once; the same command goes on.
+    assert gpu.main(words(tiny_bundle_path, tmp_path, *ours, "--minutes", "-1")) == 0
+    assert "the same command goes on" in capsys.readouterr().err
+    assert gpu.main(words(tiny_bundle_path, tmp_path, *ours)) == 0
+    told = capsys.readouterr()
+    results = read(tmp_path / "gpu.jsonl")
+    assert "No GPU was found" in told.err or results[0].hardware.get("gpu")
     # Correctness comes before any time of a backend; what cannot run says why.
-    assert {r["backend"] for r in by_kind["correctness"]} >= {"cpu", "tensorrt-rtx"}
-    kinds = [r["kind"] for r in rows if r["backend"] == "cpu"]
-    assert kinds[0] == "correctness"
-    programs = {r["name"]: r for r in by_kind["program"] if r["backend"] == "cpu"}
-    assert set(programs) >= {"encode", "denoise", "guide", "decode"}
-    assert all(r["p50_ms"] <= r["p90_ms"] and r["tflops"] > 0 for r in programs.values())
-    operations = {(r["name"], r["preset"]) for r in by_kind["operation"] if "p50_ms" in r}
-    assert operations == {
-        (name, preset)
-        for name in ("anonymize", "hide", "recover")
-        for preset in ("fast", "balanced", "paper")
-    }
+    ran = [r for r in results if r.provider == "diffveil cpu"]
+    assert [r.case for r in ran[:3]] == ["correctness/golden data"] * 2 + [
+        "program/encode, 2 at once"
+    ]
+    assert (ran[0].metric, ran[0].p50) == ("passed", 1.0)
+    absent = {r.provider: r.not_run for r in results if r.not_run}
+    assert set(absent) >= {"diffveil tensorrt-rtx", "diffveil tensorrt"}
+    assert all(f"{who}: " in told.err for who in absent)
+    if not torch.cuda.is_available():
+        assert "diffveil kernel" in absent
+    by_case = {(r.case.partition(",")[0], r.metric): r for r in ran}
+    names = [case for case, metric in by_case if metric == "rate"]
+    assert set(names) >= {f"program/{name}" for name in ("encode", "denoise", "guide", "decode")}
+    for name in names:
+        time, share = by_case[name, "time a face"], by_case[name, "of the ceiling"]
+        assert time.p50 is not None
+        assert time.p50 <= time.config["p90"]
+        assert (time.config["faces"], share.unit) == (2, "share")
+    for name in ("anonymize", "hide", "recover"):
+        assert by_case[f"{name}/fast", "throughput"].unit == "faces/s"
     text = (tmp_path / "gpu.md").read_text()
-    assert text in capsys.readouterr().out
-    assert "## Programs" in text
+    assert text in told.out
+    assert "### Programs, a face" in text
+    assert "not run: " in text
+    # Once more: nothing that is there is measured again.
+    assert gpu.main(words(tiny_bundle_path, tmp_path, *ours)) == 0
+    later = read(tmp_path / "gpu.jsonl")[len(results) :]
+    assert not [r for r in later if r.metric == "time a face"]
+
+
+def test_nothing_is_run_where_that_is_asked(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The full size too: every network is built, without memory."""
+    assert gpu.main(["--dry-run", "--out", str(tmp_path / "gpu.jsonl")]) == 0
+    told = capsys.readouterr().out
+    assert "sd1, float16" in told
+    assert "unet 859.5 M" in told
+    assert "would be exported first" in told
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(SystemExit):
+        gpu.main(["--only", "everything"])
+    assert "expected of kernels, programs" in capsys.readouterr().err
+
+
+def test_a_program_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "gpu.jsonl", {"subject": "s"})
+    run = GpuRun(recorder, 0.0, (1,), set(), float("inf"), lambda text: None)
+
+    def fail() -> None:
+        raise RuntimeError("CUDA out of memory\nmore")
+
+    run.pytorch("recipe", iter([("hide", "eager", 1, fail)]), torch.device("cpu"))
+    (result,) = read(tmp_path / "gpu.jsonl")
+    assert result.not_run == "RuntimeError: CUDA out of memory"
+    assert measured(tmp_path / "gpu.jsonl", "s") == {
+        ("hide/recipe, 1 at once", "recipe, PyTorch eager")
+    }
+    assert measured(tmp_path / "gpu.jsonl", "another") == set()
+    run._keep_kernel({"case": "k", "bytes": 1, "correct": False, "difference": {"triton": 3.0}})
+    assert recorder.results[-1].not_run == "WRONG by {'triton': 3.0}"
+    right = {"case": "k", "bytes": 1, "correct": True, "verdict": "faster", "over_floor": 1.5}
+    run._keep_kernel(
+        {**right, "ours_us": 3.0, "torch_us": 6.0, "compiled_us": None, "compiled_problem": "no"}
+    )
+    shown = newest(recorder.results, "s")
+    assert [(r.provider, r.p50) for r in shown if r.case == "kernel/k"] == [
+        ("diffveil kernel", 3.0),
+        ("PyTorch", 6.0),
+        ("torch.compile", None),
+        ("diffveil kernel", 1.5),
+    ]
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
@@ -101,31 +160,7 @@ def test_the_encoder_reads_the_published_levels() -> None:
     assert [len(block.convs) // 2 for block in encoder.blocks] == [4] * 3 + [5] * 4 + [6] * 11  # type: ignore[arg-type]
 
 
-def test_rows_are_kept_as_they_come(tmp_path: Path) -> None:
-    results = Results(tmp_path, FACTS)
-    results.add({"kind": "program", "name": "a", "backend": "x", "batch": 1, "p50_ms": 1.0})
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 1
-    results.add({"kind": "program", "name": "b", "backend": "x", "batch": 1, "error": "a | b\nc"})
-    assert len(json.loads((tmp_path / "gpu.json").read_text())["rows"]) == 2
-    assert [f.name for f in tmp_path.iterdir()] == ["gpu.json"]
-    table = [line for line in results.finish().splitlines() if line.startswith("|")]
-    assert len(table) == 4
-    assert len({line.replace("\\|", "").count("|") for line in table}) == 1
-
-
-def test_a_chart_needs_something_to_show(tmp_path: Path) -> None:
-    pytest.importorskip("matplotlib")
-    row = {"kind": "operation", "name": "anonymize", "backend": "x", "preset": None}
-    assert not draw([row], tmp_path / "none.png")
-    assert draw([{**row, "ms_a_face": 3.0}], tmp_path / "one.png")
-    assert (tmp_path / "one.png").read_bytes().startswith(b"\x89PNG")
-    assert "note" in as_markdown({**FACTS, "rows": []})
-
-
 def test_time_is_counted_in_calls() -> None:
     calls: list[int] = []
-    timing = timed(lambda: calls.append(1), 0.0, fewest=4, warm_up=2)
-    assert timing.calls == 4
+    assert len(timed(lambda: calls.append(1), 0.0, fewest=4, warm_up=2)) == 4
     assert len(calls) == 6
-    row = timing.record(8, flops=1e6, peak=1e12)
-    assert row["share"] == pytest.approx(row["tflops"])

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -14,13 +15,13 @@ from safetensors.torch import save
 from torch import nn
 
 from diffveil.golden import GOLDEN_FILE
-from diffveil.programs import DYNAMIC_AXES, Dimensions
+from diffveil.programs import DYNAMIC_AXES, Dimensions, ProgramSpec
 from diffveil_export.components import Components
 from diffveil_export.precision import choose_loss_scale
 from diffveil_export.verify import random_tensor
 from diffveil_export.wrappers import wrap
 
-__all__ = ["Golden", "compute_golden", "is_large"]
+__all__ = ["Golden", "compute_golden", "golden_outputs", "is_large"]
 
 _SEED = 41
 _ROWS = 2
@@ -91,3 +92,41 @@ def compute_golden(components: Components) -> Golden:
         for tensor, value in zip(spec.outputs, results, strict=True):
             outputs[f"outputs.{spec.name}.{tensor.name}"] = value.detach()
     return Golden({**stored, **outputs}, scale)
+
+
+def golden_outputs(
+    module: nn.Module,
+    spec: ProgramSpec,
+    dimensions: Dimensions,
+    tensors: Mapping[str, torch.Tensor],
+    seed: int,
+) -> dict[str, torch.Tensor]:
+    """What a program that joins a finished bundle adds to its golden data.
+
+    Args:
+        module: Computes the program.
+        spec: The program.
+        dimensions: Sizes of the bundle's fixed axes.
+        tensors: The bundle's golden data.
+        seed: Of the inputs that no other program has.
+
+    Returns:
+        Its outputs, and those inputs that are new.
+    """
+    rows = 1 if is_large(dimensions) else min(_ROWS, len(tensors["inputs.latent"]))
+    generator = torch.Generator().manual_seed(seed)
+    new: dict[str, torch.Tensor] = {}
+    inputs = []
+    for tensor in spec.inputs:
+        name = f"inputs.{tensor.name}"
+        if name not in tensors:
+            new[name] = random_tensor(tensor, dimensions, rows, generator).half()
+        cut = tuple(slice(rows if axis in DYNAMIC_AXES else None) for axis in tensor.axes)
+        value = {**tensors, **new}[name][cut]
+        inputs.append(value.float() if value.is_floating_point() else value)
+    with torch.no_grad():
+        result = module(*inputs)
+    results = result if isinstance(result, tuple) else (result,)
+    for output, value in zip(spec.outputs, results, strict=True):
+        new[f"outputs.{spec.name}.{output.name}"] = value.contiguous()
+    return new

@@ -18,7 +18,6 @@ from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil.parity import OutputParity
 from diffveil.programs import (
     ALL_PROGRAMS,
-    DYNAMIC_AXES,
     Dimensions,
     ProgramSpec,
     TensorSpec,
@@ -26,16 +25,16 @@ from diffveil.programs import (
 from diffveil_export.assembly import Assembly
 from diffveil_export.bundle_writer import ProgramFacts, enter_program, staged_folder
 from diffveil_export.cost import program_cost
-from diffveil_export.golden import is_large
+from diffveil_export.golden import golden_outputs, is_large
 from diffveil_export.lower import lower
-from diffveil_export.verify import check_program, random_inputs, random_tensor, require_parity
+from diffveil_export.step_parts import Predict, Update
+from diffveil_export.verify import check_program, random_inputs, require_parity
 
 __all__ = ["Predict", "StepGraphs", "Update", "fuse_step", "guide_of"]
 
 _SPEC = ALL_PROGRAMS["step"]
 _EXAMPLE_SEED = 5
 _GOLDEN_SEED = 43
-_VANISHING_RMS = 1e-12  # that of `diffveil.guidance`
 
 _TENSORS = {t.name: t for t in (*_SPEC.inputs, *_SPEC.outputs, *ALL_PROGRAMS["guide"].outputs)}
 _X0 = ALL_PROGRAMS["guide"].inputs[0]
@@ -55,58 +54,6 @@ _UPDATE = _part(
     ),
     (_TENSORS["next"], _TENSORS["pushed"]),
 )
-
-
-class Predict(nn.Module):
-    """latent, epsilon, coefficients → predicted clean latent x0, all [B, C, s, s] but [B, Q]."""
-
-    def forward(
-        self, latent: torch.Tensor, epsilon: torch.Tensor, coefficients: torch.Tensor
-    ) -> torch.Tensor:
-        """x0 = x0_x·latent + x0_eps·ε."""
-        q = coefficients[:, :, None, None, None]
-        return q[:, 6] * latent + q[:, 7] * epsilon
-
-
-class Update(nn.Module):
-    """What one step does after the guide was asked: `diffveil.guidance`, the sampler, the blend."""
-
-    def forward(
-        self,
-        latent: torch.Tensor,
-        previous: torch.Tensor,
-        epsilon: torch.Tensor,
-        previous_epsilon: torch.Tensor,
-        coefficients: torch.Tensor,
-        noise: torch.Tensor,
-        gradient: torch.Tensor,
-        embedding: torch.Tensor,
-        anchor: torch.Tensor,
-        repel: torch.Tensor,
-        attract: torch.Tensor,
-        sibling: torch.Tensor,
-        release: torch.Tensor,
-        normalise: torch.Tensor,
-        background: torch.Tensor,
-        mask: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The next latent [B, C, s, s], and which rows were pushed [B], 1 or 0."""
-        cosine = (embedding * anchor).sum(1)
-        beyond = torch.where(attract > repel, cosine, -cosine) >= release
-        pairs = sibling.triu(1)
-        involved = (pairs + pairs.T) > 0
-        alike = (embedding @ embedding.T) > 0
-        held = (alike & involved).to(cosine.dtype).sum(1) > 0
-        pushed = (held | ~beyond).to(cosine.dtype)
-
-        rms = gradient.square().mean((1, 2, 3)).sqrt()
-        unit = torch.where(rms > _VANISHING_RMS, 1 / rms.clamp(min=_VANISHING_RMS), 0.0)
-        scale = pushed * torch.where(normalise > 0, unit, torch.ones_like(unit))
-
-        a0, a1, b0, b1, n, g, _, _ = coefficients[:, :, None, None, None].unbind(1)
-        x = a0 * latent + a1 * previous + b0 * epsilon + b1 * previous_epsilon + n * noise
-        x = x - g * (gradient * scale[:, None, None, None])
-        return background + mask * (x - background), pushed
 
 
 class StepGraphs:
@@ -278,16 +225,5 @@ def _add_golden(separate: nn.Module, folder: Path, dimensions: Dimensions) -> No
     if not file.exists():
         return
     tensors = load_file(file)
-    rows = 1 if is_large(dimensions) else min(2, len(tensors["inputs.latent"]))
-    generator = torch.Generator().manual_seed(_GOLDEN_SEED)
-    inputs = []
-    for tensor in _SPEC.inputs:
-        name = f"inputs.{tensor.name}"
-        if name not in tensors:
-            tensors[name] = random_tensor(tensor, dimensions, rows, generator).half()
-        cut = tuple(slice(rows if axis in DYNAMIC_AXES else None) for axis in tensor.axes)
-        value = tensors[name][cut]
-        inputs.append(value.float() if value.is_floating_point() else value)
-    for tensor, value in zip(_SPEC.outputs, separate(*inputs), strict=True):
-        tensors[f"outputs.step.{tensor.name}"] = value.contiguous()
+    tensors |= golden_outputs(separate, _SPEC, dimensions, tensors, _GOLDEN_SEED)
     save_file(tensors, file)

@@ -50,11 +50,11 @@ def random_tensor(
         coarse = torch.randn(batch, 3, 4, 4, generator=generator)
         size = (dimensions.image_size, dimensions.image_size)
         return nn.functional.interpolate(coarse, size, mode="bilinear").tanh()
-    if tensor.name in ("repel", "attract", "sibling", "coefficients", "mask"):
+    if tensor.name in ("repel", "attract", "sibling", "coefficients", "mask", "reach"):
         return torch.rand(shape, generator=generator)
     if tensor.name == "release":  # some rows are beyond it, some are not
         return torch.rand(shape, generator=generator) - 0.5
-    if tensor.name == "normalise":
+    if tensor.name in ("normalise", "keep"):
         return torch.randint(0, 2, shape, generator=generator).float()
     value = torch.randn(shape, generator=generator)
     return nn.functional.normalize(value, dim=1) if tensor.name == "anchor" else value

@@ -44,7 +44,7 @@ class Denoiser:
         distilled: bool = False,
     ) -> None:
         self._programs = programs
-        self._predict = programs.denoise_few if distilled else programs.denoise
+        self._distilled = distilled
         self._conditional_above = conditional_above
         self._max_batch = max_batch
         self._training_steps = programs.bundle.manifest.schedule.steps
@@ -69,13 +69,18 @@ class Denoiser:
     def undistilled(self) -> Denoiser:
         """The same, asking `denoise`."""
         other = copy.copy(self)
-        other._predict = self._programs.denoise
+        other._distilled = False
         return other
+
+    @property
+    def program(self) -> str:
+        """Name of the program that is asked."""
+        return "denoise_few" if self._distilled else "denoise"
 
     def __call__(self, x: Latent, timestep: int, /) -> Latent:
         """Noise in latents [N·V, C, s, s] at one timestep, like x."""
         return in_chunks(
-            self._predict,
+            self._programs.denoise_few if self._distilled else self._programs.denoise,
             self._max_batch,
             latent=x,
             timestep=np.full(len(x), timestep, dtype=np.int64),

@@ -21,7 +21,7 @@ from diffveil.samplers import SamplerTable, Step
 from diffveil.sampling import Latent, Progress, add_noise
 from diffveil.schedule import NoiseSchedule
 
-__all__ = ["Background", "can_run_fused", "run_fused"]
+__all__ = ["Background", "can_run_fused", "finite", "run_fused"]
 
 _Changes: TypeAlias = "dict[str, NDArray[Any]]"
 """Inputs of one step that other steps have others of."""
@@ -124,15 +124,28 @@ def run_fused(
     """
     fused = _FusedRun(table, x, denoise, guidance, noise, background, progress)
     parts = chunks(len(x), max_batch, guidance.variants)
+
+    def work() -> Latent:
+        return finite(table, fused.run(programs, parts))
+
     # A backend that fails in the middle has lost the loop's tensors: the next one begins anew.
-    result = programs.attempt(lambda: fused.run(programs, parts))
-    # What is not finite stays so: looking once is enough, and nothing waits for it in between.
-    if not np.isfinite(result).all():
+    return programs.attempt(work)
+
+
+def finite(table: SamplerTable, latents: Latent) -> Latent:
+    """The latents that a loop on a device arrived at.
+
+    What is not finite stays so: looking once is enough, and nothing waits for it in between.
+
+    Raises:
+        EngineError: They are not finite.
+    """
+    if not np.isfinite(latents).all():
         raise EngineError(
             f"{table.name}: the latent is not finite; if the programs run in float16, use a bundle "
             "or backend of higher precision"
         )
-    return result
+    return latents
 
 
 @dataclass(frozen=True, eq=False)
@@ -183,8 +196,11 @@ class _FusedRun:
                 # One at a time: a loop holds a stream, and there may be but one.
                 with closing(loop):
                     self._start(loop, part)
-                    schedule = {name: _scheduled(steps, name, part) for name in steps[0]}
-                    loop.run(schedule, len(steps))
+                    schedule = {
+                        name: Scheduled.of([step[name] for step in steps], part)
+                        for name in steps[0]
+                    }
+                    loop.run(schedule, ["step"] * len(steps))
                     results.append(np.asarray(loop.get("next"), np.float32))
         for done in range(len(steps)):
             self._report(done + 1)
@@ -228,16 +244,3 @@ class _FusedRun:
     def _report(self, done: int) -> None:
         if self.progress is not None:
             self.progress(done, len(self.table.steps))
-
-
-def _scheduled(steps: list[_Changes], name: str, part: slice) -> Scheduled:
-    """One input of all steps; what is the same memory is the same value."""
-    values: dict[tuple[Any, ...], NDArray[Any]] = {}
-    keys = []
-    for step in steps:
-        array = step[name]
-        key = array.__array_interface__["data"][0], array.shape, array.strides
-        values.setdefault(key, array[part])
-        keys.append(key)
-    known = list(values)
-    return Scheduled(tuple(values.values()), tuple(known.index(key) for key in keys))

@@ -8,18 +8,32 @@ rows of its inputs. So any machine and backend can be held against the exporter'
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
-from typing import Any, TypeAlias, cast
+from itertools import pairwise
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from diffveil.bundle import GOLDEN_FILE, Bundle
-from diffveil.engines import REFERENCE, Availability, Backend, Engine, Examine
-from diffveil.errors import BundleCorruptError, BundleError, EngineError
+from diffveil.engines import (
+    REFERENCE,
+    Array,
+    Availability,
+    Backend,
+    Engine,
+    Examine,
+    ONNXRuntimeCPU,
+)
+from diffveil.errors import (
+    BackendUnavailableError,
+    BundleCorruptError,
+    BundleError,
+    EngineError,
+)
 from diffveil.parity import OutputParity, compare, describe
-from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES, TensorSpec
+from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES, ProgramSpec, TensorSpec
 
 __all__ = [
     "GOLDEN_FILE",
@@ -31,6 +45,7 @@ __all__ = [
 ]
 
 _MAX_GOLDEN_BYTES = 256 << 20
+_PAIRS = ("B", "B")
 
 _Tensors = dict[str, NDArray[np.generic]]
 _Floats: TypeAlias = "NDArray[np.floating[Any]]"
@@ -155,15 +170,66 @@ def check_backend(
     return tuple(rows)
 
 
+class Piece(NamedTuple):
+    """Rows of golden inputs that go through an engine in one call.
+
+    Attributes:
+        rows: Their numbers, repeated as often as the engine needs rows.
+        kept: How many of them are not repetitions.
+    """
+
+    rows: NDArray[np.intp]
+    kept: int
+
+
+def pieces_of(count: int, least: int, most: int) -> list[Piece]:
+    """Cut rows as an engine takes them that was built for `least` to `most`; all if it can."""
+    bounds = [*range(0, count, most), count]
+    return [
+        Piece(np.resize(np.arange(start, stop), max(stop - start, least)), stop - start)
+        for start, stop in pairwise(bounds)
+    ]
+
+
+def run_pieces(
+    engine: Engine, feed: Mapping[str, Array], pieces: Sequence[Piece]
+) -> dict[str, Array]:
+    """Run an engine on all rows, piece by piece; its outputs, one below the other."""
+    spec, parts = engine.program, []
+    for rows, kept in pieces:
+        given = {}
+        for tensor in spec.inputs:
+            array = feed[tensor.name][rows]
+            if tensor.axes == _PAIRS:
+                # Repetitions of a row are no siblings of what they repeat.
+                copy = np.arange(len(rows)) // kept
+                array = np.where(copy[:, None] == copy, array[:, rows], np.zeros((), array.dtype))
+            given[tensor.name] = np.ascontiguousarray(array)
+        outputs = engine.run(**given)
+        parts.append({name: array[:kept] for name, array in outputs.items()})
+    return {t.name: np.concatenate([part[t.name] for part in parts]) for t in spec.outputs}
+
+
+def _torn(spec: ProgramSpec, feed: Mapping[str, Array], pieces: Sequence[Piece]) -> bool:
+    """Whether pairs of rows that influence each other are in different pieces."""
+    piece_of = np.concatenate([np.full(p.kept, i) for i, p in enumerate(pieces)])
+    apart = np.triu(piece_of[:, None] != piece_of, 1)
+    return any(feed[t.name][apart].any() for t in spec.inputs if t.axes == _PAIRS)
+
+
 class GoldenCheck:
     """Judges engines one by one; golden data is read when the first one comes.
 
+    An engine that was built for other batches than the golden data's gets its rows as it takes
+    them.
+
     Args:
         bundle: A bundle with golden data.
+        reference: Makes the backend that is asked where golden data has no answer.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
-        self._bundle = bundle
+    def __init__(self, bundle: Bundle, reference: Callable[[], Backend] = ONNXRuntimeCPU) -> None:
+        self._bundle, self._reference = bundle, reference
 
     @cached_property
     def _tensors(self) -> _Tensors:
@@ -183,18 +249,47 @@ class GoldenCheck:
             # A matrix of pairs is cut in both dimensions.
             cut = tuple(slice(count if a in DYNAMIC_AXES else None) for a in tensor.axes)
             feed[tensor.name] = np.ascontiguousarray(self._tensors[f"inputs.{tensor.name}"][cut])
-        outputs = engine.run(**feed)
+        expected = {t.name: self._tensors[f"outputs.{spec.name}.{t.name}"] for t in spec.outputs}
+        pieces = pieces_of(count, *getattr(engine, "batches", (1, count)))
+        if _torn(spec, feed, pieces):
+            expected = self._expected_of_pieces(spec.name, feed, pieces)
+        outputs = run_pieces(engine, feed, pieces)
         return tuple(
             compare(
                 spec.name,
                 output.name,
                 count,
-                cast(_Floats, self._tensors[f"outputs.{spec.name}.{output.name}"]),
+                cast(_Floats, expected[output.name]),
                 cast(_Floats, outputs[output.name]),
                 entry.precision,
             )
             for output in spec.outputs
         )
+
+    def _expected_of_pieces(
+        self, program: str, feed: Mapping[str, Array], pieces: Sequence[Piece]
+    ) -> dict[str, Array]:
+        """What a program gives where rows that belong together cannot go together.
+
+        Golden data has no such outputs. The reference backend gives them, once it has given the
+        golden ones.
+        """
+        try:
+            engine = self._reference().load(self._bundle, program)
+        except BackendUnavailableError as error:
+            raise EngineError(
+                f"program '{program}' takes fewer rows than the golden data's, which belong "
+                f"together, and there is nothing else to hold it against: {error}"
+            ) from error
+        try:
+            wrong = describe(self.compare(engine))
+            if wrong:
+                raise EngineError(
+                    f"the reference computes something else than PyTorch did: {wrong}"
+                )
+            return run_pieces(engine, feed, pieces)
+        finally:
+            engine.close()
 
     def require(self, engine: Engine) -> None:
         """Refuse an engine that computes something else than the exporter's PyTorch did.

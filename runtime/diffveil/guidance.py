@@ -52,8 +52,8 @@ class IdentityGuidance:
         variants: int = 1,
         max_batch: int = MAX_BATCH,
     ) -> None:
-        cheap = guidance.through == "latent" and programs.can("guide_latent")
-        self._guide = programs.guide_latent if cheap else programs.guide
+        self._cheap = guidance.through == "latent" and programs.can("guide_latent")
+        self._guide = programs.guide_latent if self._cheap else programs.guide
         self._schedule = programs.bundle.manifest.schedule
         self._guidance = guidance
         self._variants = variants
@@ -72,7 +72,7 @@ class IdentityGuidance:
     def __call__(self, x0: Latent, step: Step, /) -> Latent:
         """Direction to walk away from at predicted clean latents [N·V, C, s, s], like x0."""
         index, self._asked = self._asked, self._asked + 1
-        if self._guidance.reuse and index % self._guidance.every and self._last is not None:
+        if self.reuses(index) and self._last is not None:
             return self._last
         direction = np.zeros_like(x0)
         active = np.ones(len(x0) // self._variants, dtype=np.bool_)
@@ -103,6 +103,20 @@ class IdentityGuidance:
             "attract": np.float32(1.0) - repel,
             "sibling": np.kron(faces, self._pairs),
         }
+
+    def reuses(self, index: int) -> bool:
+        """Whether the guided step at that position, from 0, takes the last direction again."""
+        return self._guidance.reuse and index % self._guidance.every != 0
+
+    @property
+    def program(self) -> str:
+        """Name of the program that is asked."""
+        return "guide_latent" if self._cheap else "guide"
+
+    @property
+    def repeats(self) -> int:
+        """Gradients a step."""
+        return self._guidance.repeats
 
     @property
     def variants(self) -> int:

@@ -27,6 +27,7 @@ from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
 from diffveil.samplers import SamplerTable, retrace
 from diffveil.sampling import Latent, Progress, add_noise, run
+from diffveil.wholeloops import run_whole
 
 __all__ = ["Crops", "FaceBatch", "FaceOperations"]
 
@@ -231,7 +232,7 @@ class FaceOperations:
         table = inversion.forward(self.schedule)
         tokens = faces.tokens if tokens is None else tokens
         denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
-        noisiest, before = run(table, faces.latents, denoise, progress=progress)
+        noisiest, before = self._unguided(table, faces.latents, denoise, progress=progress)
         latents = (noisiest, before)[: inversion.latents]
         return tokens, np.stack(latents, axis=1)
 
@@ -264,9 +265,9 @@ class FaceOperations:
         if table.needs_pair:
             # The way back enters the pair from its other end.
             x, x_prev = latents[:, 1], latents[:, 0]
-            clean, _ = run(table, x, denoise, x_prev=x_prev, progress=progress)
+            clean, _ = self._unguided(table, x, denoise, x_prev, progress)
         else:
-            clean, _ = run(table, latents[:, 0], denoise, progress=progress)
+            clean, _ = self._unguided(table, latents[:, 0], denoise, progress=progress)
         return self._decode(clean)
 
     def embed(self, crops: Crops) -> _F32:
@@ -357,7 +358,18 @@ class FaceOperations:
                 progress=progress,
             )
         else:
-            x, _ = run(
+            whole = run_whole(
+                self.programs,
+                table,
+                x,
+                denoise,
+                guidance=gradient,
+                noise=fresh,
+                background=background,
+                max_batch=self.max_batch,
+                progress=progress,
+            )
+            x, _ = whole or run(
                 table,
                 x,
                 denoise,
@@ -369,10 +381,30 @@ class FaceOperations:
         images = self._decode(x)
         return images.reshape(len(faces), variants, *images.shape[1:])
 
+    def _unguided(
+        self,
+        table: SamplerTable,
+        x: Latent,
+        denoise: Denoiser,
+        x_prev: Latent | None = None,
+        progress: Progress | None = None,
+    ) -> tuple[Latent, Latent]:
+        """Run a table without guidance, noise or background; see `diffveil.sampling.run`."""
+        whole = run_whole(
+            self.programs,
+            table,
+            x,
+            denoise,
+            x_prev=x_prev,
+            max_batch=self.max_batch,
+            progress=progress,
+        )
+        return whole or run(table, x, denoise, x_prev=x_prev, progress=progress)
+
     def _own_noise(self, faces: FaceBatch, denoise: Denoiser, table: SamplerTable) -> Latent:
         """Noise [N, C, s, s] that an unguided run of the table turns into the photo itself."""
         up = retrace(self.schedule, table)
-        x, _ = run(up, faces.latents, denoise)
+        x, _ = self._unguided(up, faces.latents, denoise)
         start = table.start_timestep
         signal, sigma = self.schedule.signal(start), self.schedule.noise(start)
         return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)

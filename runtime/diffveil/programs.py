@@ -28,6 +28,7 @@ __all__ = [
     "ALL_PROGRAMS",
     "DYNAMIC_AXES",
     "JOINED_LATER",
+    "LOOP_PROGRAMS",
     "OPTIONAL_PROGRAMS",
     "PROGRAMS",
     "STAGES",
@@ -231,13 +232,58 @@ OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
                     TensorSpec("pushed", ("B",)),
                 ),
             ),
+            ProgramSpec(
+                "predict",
+                "where guidance is asked: the predicted clean latent, less what was gathered",
+                (
+                    TensorSpec("latent", _LATENT),
+                    TensorSpec("epsilon", _LATENT),
+                    TensorSpec("coefficients", ("B", "Q")),
+                    TensorSpec("direction", _LATENT),
+                    TensorSpec("reach", ("B",)),
+                ),
+                (TensorSpec("x0", _LATENT),),
+            ),
+            ProgramSpec(
+                "steer",
+                "adds a gradient to the direction that a step walks away from",
+                (
+                    TensorSpec("gradient", _LATENT),
+                    TensorSpec("embedding", ("B", "E")),
+                    *_GUIDE_INPUTS[1:],
+                    TensorSpec("release", ("B",)),
+                    TensorSpec("normalise", ("B",)),
+                    TensorSpec("direction", _LATENT),
+                    TensorSpec("keep", ("B",)),
+                ),
+                (TensorSpec("steered", _LATENT), TensorSpec("pushed", ("B",))),
+            ),
+            ProgramSpec(
+                "advance",
+                "sampler update and background",
+                (
+                    TensorSpec("latent", _LATENT),
+                    TensorSpec("previous", _LATENT),
+                    TensorSpec("epsilon", _LATENT),
+                    TensorSpec("previous_epsilon", _LATENT),
+                    TensorSpec("coefficients", ("B", "Q")),
+                    TensorSpec("noise", _LATENT),
+                    TensorSpec("direction", _LATENT),
+                    TensorSpec("background", _LATENT),
+                    TensorSpec("mask", ("B", "ONE", "s", "s")),
+                ),
+                (TensorSpec("next", _LATENT),),
+            ),
         )
     }
 )
 """Programs that a bundle may hold besides."""
 
-JOINED_LATER = frozenset({"guide_latent", "step"})
-"""Optional programs that are made from a finished bundle, and that recovery never runs."""
+LOOP_PROGRAMS = ("predict", "steer", "advance")
+"""Optional programs without weights: what a sampling loop computes between the networks."""
+
+JOINED_LATER = frozenset({"guide_latent", "step", *LOOP_PROGRAMS})
+"""Optional programs that are made from a finished bundle; recovery keys do not depend on them."""
 
 ALL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType({**PROGRAMS, **OPTIONAL_PROGRAMS})
 """Every program that there is."""

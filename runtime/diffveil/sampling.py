@@ -12,7 +12,7 @@ from diffveil.errors import EngineError, OptionError
 from diffveil.samplers import SamplerTable, Step
 from diffveil.schedule import NoiseSchedule
 
-__all__ = ["Blend", "Denoise", "Gradient", "Latent", "Progress", "add_noise", "run"]
+__all__ = ["Blend", "Denoise", "Gradient", "Latent", "Progress", "add_noise", "check_run", "run"]
 
 Latent = NDArray[np.float32]
 """Latents [B, C, s, s], float32, about unit variance."""
@@ -75,7 +75,7 @@ def run(
         OptionError: The table needs a pair, noise or guidance that is not given, or shapes differ.
         EngineError: A callback returned another shape, or the latent is no longer finite.
     """
-    _check(table, x, x_prev, gradient, noise)
+    check_run(table, x, x_prev, gradient, noise)
     x = np.asarray(x, dtype=np.float32)
     x_prev = x if x_prev is None else np.asarray(x_prev, dtype=np.float32)
     eps_prev: Latent | None = None
@@ -143,13 +143,18 @@ def _like(x: Latent, value: Latent, what: str, step: Step) -> Latent:
     return value
 
 
-def _check(
+def check_run(
     table: SamplerTable,
     x: Latent,
     x_prev: Latent | None,
-    gradient: Gradient | None,
-    noise: Callable[[int], Latent] | None,
+    gradient: object | None,
+    noise: object | None,
 ) -> None:
+    """Hold what a table is run with against what it needs; arguments as of `run`.
+
+    Raises:
+        OptionError: The table needs a pair, noise or guidance that is not given, or shapes differ.
+    """
     problems = []
     if table.needs_pair != (x_prev is not None):
         problems.append(

@@ -14,8 +14,20 @@ from safetensors.numpy import load_file, save_file
 import diffveil
 from diffveil.bundle import MANIFEST_FILE, Bundle
 from diffveil.engines import Array, Availability, Engine, ONNXRuntimeCPU
-from diffveil.errors import BundleCorruptError, BundleError, EngineError
-from diffveil.golden import GOLDEN_FILE, check_backend, load_golden, require_golden
+from diffveil.errors import (
+    BackendUnavailableError,
+    BundleCorruptError,
+    BundleError,
+    EngineError,
+)
+from diffveil.golden import (
+    GOLDEN_FILE,
+    GoldenCheck,
+    check_backend,
+    load_golden,
+    require_golden,
+)
+from diffveil.parity import describe
 from diffveil.programs import PROGRAMS, ProgramSpec
 
 
@@ -147,3 +159,77 @@ def test_size_is_checked_before_reading(copy: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("diffveil.golden._MAX_GOLDEN_BYTES", 100)
     with pytest.raises(BundleError, match="larger than 100 bytes"):
         load_golden(Bundle.load(copy))
+
+
+class _Sized(_Wrong):
+    """A backend whose engines take some batches only."""
+
+    name = "sized"
+
+    def __init__(self, least: int, most: int, spoil: Any = lambda program, name, value: value):
+        super().__init__(spoil)
+        self.batches = least, most
+        self.rows: list[tuple[str, int]] = []
+
+    def load(self, bundle: Bundle, program: str) -> Engine:
+        return _SizedEngine(self, super().load(bundle, program))
+
+
+class _SizedEngine:
+    def __init__(self, backend: _Sized, inner: Engine) -> None:
+        self._backend, self._inner = backend, inner
+        self.program, self.batches = inner.program, backend.batches
+
+    def run(self, **inputs: Array) -> dict[str, Array]:
+        rows = len(next(iter(inputs.values())))
+        assert self.batches[0] <= rows <= self.batches[1]
+        self._backend.rows.append((self.program.name, rows))
+        return self._inner.run(**inputs)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+@pytest.mark.parametrize("batches", [(1, 1), (3, 4), (4, 8), (1, 2)])
+def test_engines_of_any_batch_are_judged(batches: tuple[int, int], tiny_bundle: Bundle) -> None:
+    backend = _Sized(*batches)
+    rows = check_backend(tiny_bundle, backend)
+    assert all(rows), describe(rows)
+    golden = load_golden(tiny_bundle)
+    assert golden["inputs.sibling"][0, 1] != 0  # so its two rows cannot be torn apart unnoticed
+    counts = {size for _, size in backend.rows}
+    assert counts <= {1, 2} if batches[0] == 1 else counts == {batches[0]}
+
+
+@pytest.mark.parametrize("batches", [(1, 1), (4, 8)])
+@pytest.mark.parametrize("output", ["gradient", "embedding", "epsilon"])
+def test_engines_of_any_batch_are_found_out(
+    batches: tuple[int, int], output: str, tiny_bundle: Bundle
+) -> None:
+    """Wrong in the last golden row alone: every row is looked at."""
+    calls: list[int] = []
+
+    def spoil(program: str, name: str, value: Any) -> Any:
+        if name != output:
+            return value
+        calls.append(1)
+        last = 0 if len(value) == 1 else 1
+        if len(value) == 1 and len(calls) == 1:
+            return value
+        value = value.copy()
+        value[last] += 0.5
+        return value
+
+    program = "denoise" if output == "epsilon" else "guide"
+    rows = check_backend(tiny_bundle, _Sized(*batches, spoil), programs=[program])
+    assert [row.output for row in rows if not row] == [output]
+
+
+def test_torn_rows_need_a_reference(tiny_bundle: Bundle) -> None:
+    class Missing(ONNXRuntimeCPU):
+        def load(self, bundle: Bundle, program: str) -> Engine:
+            raise BackendUnavailableError("needs onnxruntime: pip install")
+
+    engine = _Sized(1, 1).load(tiny_bundle, "guide")
+    with pytest.raises(EngineError, match="nothing else to hold it against: needs onnxruntime"):
+        GoldenCheck(tiny_bundle, Missing).compare(engine)

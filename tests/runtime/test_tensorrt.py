@@ -232,18 +232,18 @@ def test_a_handed_over_loop_equals_single_steps(
             again = programs.step_loop(2)
             assert isinstance(again, WholeLoop)
             again.put(**still)
-            again.run(schedule, 5)
+            again.run(schedule, ["step"] * 5)
             for name, array in expected.items():
                 np.testing.assert_array_equal(again.get(name), array)
             with pytest.raises(EngineError, match="lacks"):
-                again.run(schedule, 5)  # what was carried over is gone
+                again.run(schedule, ["step"] * 5)  # what was carried over is gone
             again.close()
         third = programs.step_loop(2)
         assert isinstance(third, WholeLoop)
         third.put(**still)
         wrong = {**schedule, "timestep": Scheduled((np.zeros(3, np.int64),), (0,))}
         with pytest.raises(EngineError, match=r"fed wrongly: timestep: received"):
-            third.run(wrong, 1)
+            third.run(wrong, ["step"])
         third.close()
 
 
@@ -453,7 +453,10 @@ def test_the_real_library_has_every_name_that_is_called() -> None:
         trt.IRuntimeConfig: (
             "set_execution_context_allocation_strategy",
             "dynamic_shapes_kernel_specialization_strategy",
+            "create_runtime_cache",
+            "set_runtime_cache",
         ),
+        trt.IRuntimeCache: ("serialize", "deserialize"),
         trt.OnnxParserRefitter: ("refit_from_file",),
         trt.Refitter: ("refit_cuda_engine",),
     }.items():

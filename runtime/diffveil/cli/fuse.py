@@ -15,12 +15,18 @@ examples:
       a copy that also holds the program step
   diffveil fuse-step my-bundle/ -o my-bundle/ --force
       replaces the bundle
+  diffveil fuse-step my-bundle/ -o my-gpu-bundle/ --apart
+      for GPUs: a copy that also holds predict, steer and advance; then diffveil build
 
 One sampling step calls denoise, then guide_latent (or guide), then adds up in NumPy. The program
 step is all of that in one graph, made from the bundle's own programs and sharing their weights, so
 it needs neither PyTorch weights nor training. It is held against its parts before it is kept.
 Plans with one gradient at every step then run through it. Recovery keys of the bundle stay valid.
 Measure whether it pays on your machine: benchmarks.cpu does.
+
+With --apart the networks stay programs of their own, and only what is computed between them joins
+the bundle, without weights. GPU backends are then handed whole loops of any plan, inversion and
+recovery too, and wait once for each.
 """
 
 
@@ -28,6 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments of `diffveil fuse-step`."""
     parser.add_argument("bundle", metavar="BUNDLE", help="folder that `diffveil export` wrote")
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
+    parser.add_argument(
+        "--apart",
+        action="store_true",
+        help="instead of step add predict, steer and advance, which need no copy of the weights",
+    )
     parser.add_argument("--force", action="store_true", help="replace an existing bundle")
     parser.add_argument("--json", action="store_true", help="one JSON object")
 

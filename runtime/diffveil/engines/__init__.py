@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from diffveil.engines._base import Array, Availability, Backend, Engine
 from diffveil.engines._budget import MemoryBudget, parse_memory
-from diffveil.engines._loop import Loop, Scheduled, WholeLoop
+from diffveil.engines._loop import Carry, Loop, Scheduled, WholeLoop
 from diffveil.engines._pool import BackendWarning, Examine
 from diffveil.engines._programs import Programs
 from diffveil.engines._select import AUTO, BACKENDS, REFERENCE, Reason, Selection, select_backend
@@ -20,6 +20,7 @@ __all__ = [
     "Availability",
     "Backend",
     "BackendWarning",
+    "Carry",
     "Engine",
     "Examine",
     "Loop",

@@ -9,6 +9,7 @@ from itertools import product
 
 from diffveil.bundle import Bundle
 from diffveil.errors import OptionError
+from diffveil.programs import LOOP_PROGRAMS
 
 __all__ = ["MemoryBudget", "parse_memory"]
 
@@ -107,4 +108,5 @@ def _groups(bundle: Bundle) -> list[tuple[str, ...]]:
     have = bundle.manifest.programs
     denoisers = [name for name in ("denoise", "denoise_few") if name in have]
     guides = [name for name in ("guide", "guide_latent") if name in have]
-    return [*((name,) for name in have), *product(denoisers, guides)]
+    small = tuple(name for name in LOOP_PROGRAMS if name in have)
+    return [*((name,) for name in have), *(pair + small for pair in product(denoisers, guides))]

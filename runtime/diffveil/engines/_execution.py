@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from diffveil.engines._kernel_cache import KernelCache
 from diffveil.engines._lanes import Lane
 from diffveil.engines.records import EngineRecord
 from diffveil.errors import EngineError
@@ -21,6 +22,7 @@ class Execution:
         record: How the engine was built.
         shapes: Shape of every input and output at that batch size.
         lane: Stream and activation memory.
+        kernels: Kernels that earlier processes compiled for the engine.
 
     Raises:
         EngineError: The library refuses.
@@ -33,19 +35,34 @@ class Execution:
         record: EngineRecord,
         shapes: Mapping[str, tuple[int, ...]],
         lane: Lane,
+        kernels: KernelCache | None = None,
     ) -> None:
         self.lane, self._record = lane, record
         self._size = int(engine.device_memory_size_v2)
-        self._context = _context(trt, engine)
+        self._context = _context(trt, engine, kernels)
         if self._context is None:
             raise EngineError(f"program '{record.program}': no execution context could be made")
         for name in record.inputs:
             if not self._context.set_input_shape(name, shapes[name]):
                 raise EngineError(f"program '{record.program}' refuses {name} {shapes[name]}")
 
-    def scratch(self) -> int:
-        """Give the context the lane's activation memory; its address is what graphs hold."""
-        memory = self.lane.scratch(self._size)
+    @property
+    def tensors(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
+        """Dtypes of the engine's inputs and of its outputs, by name."""
+        return self._record.inputs, self._record.outputs
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Activation memory that the engine needs."""
+        return self._size
+
+    def scratch(self, least: int = 0) -> int:
+        """Give the context the lane's activation memory; its address is what graphs hold.
+
+        Args:
+            least: Make it that large, for others that run on the lane in the same graph.
+        """
+        memory = self.lane.scratch(max(self._size, least))
         self._context.set_device_memory(memory.address, memory.size)
         return memory.address
 
@@ -67,7 +84,7 @@ class Execution:
         return ask is None or bool(ask(self.lane.stream.handle))
 
 
-def _context(trt: Any, engine: Any) -> Any:
+def _context(trt: Any, engine: Any, kernels: KernelCache | None) -> Any:
     """An execution context that takes its activation memory from us."""
     strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
     specialise = getattr(trt, "DynamicShapesKernelSpecializationStrategy", None)
@@ -78,4 +95,6 @@ def _context(trt: Any, engine: Any) -> Any:
     config = engine.create_runtime_config()
     config.set_execution_context_allocation_strategy(strategy)
     config.dynamic_shapes_kernel_specialization_strategy = specialise.EAGER
+    if kernels is not None:
+        kernels.attach(config)
     return engine.create_execution_context(config)

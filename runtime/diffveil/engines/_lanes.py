@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from typing import Any
 
 from diffveil.engines._cuda import Device, Memory, Stream
 from diffveil.errors import EngineError
 
-__all__ = ["Lane", "Lanes"]
+__all__ = ["KeptLoops", "Lane", "Lanes"]
+
+_KEPT_LOOPS = 8
 
 
 class Lane:
@@ -48,16 +53,53 @@ class Lane:
         self.stream.close()
 
 
+class KeptLoops:
+    """Loops that wait to be used again, with their buffers and graphs; the oldest go first.
+
+    They do not keep their engines alive: those hold the lanes, and the lanes hold this.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._loops: OrderedDict[Hashable, tuple[Any, list[weakref.ref[Any]]]] = OrderedDict()
+
+    def take(self, key: Hashable, engines: Sequence[object]) -> Any:
+        """The loop over just these engines that was kept under that key; None without one."""
+        with self._lock:
+            loop, made = self._loops.pop(key, (None, []))
+        return loop if [ref() for ref in made] == list(engines) else None
+
+    def keep(self, key: Hashable, loop: Any, engines: Sequence[object]) -> None:
+        """Keep a loop over engines for whoever asks for it next."""
+        with self._lock:
+            self._loops[key] = loop, [weakref.ref(engine) for engine in engines]
+            dropped = [
+                self._loops.popitem(last=False) for _ in range(len(self._loops) - _KEPT_LOOPS)
+            ]
+        del dropped  # what that frees calls the driver: not under the lock
+
+    def forget(self, engine: object) -> None:
+        """Drop all loops over an engine."""
+        with self._lock:
+            gone = [k for k, (_, made) in self._loops.items() if engine in [ref() for ref in made]]
+            dropped = [self._loops.pop(key) for key in gone]
+        del dropped
+
+
 class Lanes:
     """A few lanes of one device, made when they are first needed. Safe to share between threads.
 
     Args:
         device: The GPU.
         limit: Most calls that run at once; further ones wait.
+
+    Attributes:
+        loops: Loops on these lanes that are not in use.
     """
 
     def __init__(self, device: Device, limit: int) -> None:
         self.device = device
+        self.loops = KeptLoops()
         self._limit = limit
         self._made = 0
         self._free: list[Lane] = []

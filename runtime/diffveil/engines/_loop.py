@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Protocol, TypeAlias, cast, runtime_checkable
+from typing import Any, Protocol, TypeAlias, cast, runtime_checkable
 
 import numpy as np
 
@@ -16,12 +16,15 @@ from diffveil.programs import ProgramSpec
 __all__ = [
     "STEP_CARRY",
     "Carry",
+    "JoiningEngine",
     "Loop",
     "LoopingEngine",
     "PlainLoop",
     "Scheduled",
     "WholeLoop",
     "check_put",
+    "joined",
+    "lacking",
     "loop_of",
 ]
 
@@ -68,30 +71,43 @@ class Scheduled:
 
     Attributes:
         values: Its different values, shaped and typed as the program declares.
-        order: Which of them each call takes.
+        order: Which of them each call takes; anything where a call has no such input.
     """
 
     values: tuple[Array, ...]
     order: tuple[int, ...]
 
+    @classmethod
+    def of(cls, calls: Sequence[Array], rows: slice) -> Scheduled:
+        """Some rows of one array a call; what is the same memory is the same value."""
+        values: dict[tuple[Any, ...], Array] = {}
+        keys = []
+        for array in calls:
+            key = array.__array_interface__["data"][0], array.shape, array.strides
+            values.setdefault(key, array[rows])
+            keys.append(key)
+        known = {key: position for position, key in enumerate(values)}
+        return cls(tuple(values.values()), tuple(known[key] for key in keys))
+
 
 @runtime_checkable
 class WholeLoop(Protocol):
-    """What a loop has beside `Loop` if all of its calls can be handed over at once.
+    """A loop over one or several programs, all of whose calls are handed over at once.
 
-    It holds resources of the backend until it is closed.
+    Tensors of one name are one tensor, whichever programs have it. A loop holds resources of the
+    backend until it is closed.
     """
 
     def put(self, **inputs: Array) -> None:
         """See `Loop.put`."""
         ...
 
-    def run(self, schedule: Mapping[str, Scheduled], calls: int) -> None:
-        """Call the program that often and carry its outputs over, without waiting for any call.
+    def run(self, schedule: Mapping[str, Scheduled], calls: Sequence[str]) -> None:
+        """Call programs in turn, each carrying its outputs over, without waiting for any call.
 
         Args:
-            schedule: What changes from call to call; all else was put.
-            calls: Number of calls; each of `schedule` has as many.
+            schedule: What changes from call to call; all else was put or is an output of before.
+            calls: The program of each call; each of `schedule` has as many entries.
 
         Raises:
             EngineError: An input has no value, or is not as declared, or execution failed.
@@ -99,12 +115,44 @@ class WholeLoop(Protocol):
         ...
 
     def get(self, output: str) -> Array:
-        """A copy of what the last call returned under that name; waits for it."""
+        """A copy of the last output of that name, or of what was carried over; waits for it."""
         ...
 
     def close(self) -> None:
         """Give back what it holds."""
         ...
+
+
+def joined(programs: Sequence[ProgramSpec]) -> ProgramSpec:
+    """The declaration of a loop over programs: the tensors of all, each once."""
+    names = ", ".join(dict.fromkeys(p.name for p in programs))
+    inputs = {t.name: t for p in programs for t in p.inputs}
+    outputs = {t.name: t for p in programs for t in p.outputs}
+    return ProgramSpec(names, "a loop", tuple(inputs.values()), tuple(outputs.values()))
+
+
+def lacking(
+    programs: Mapping[str, tuple[Collection[str], Collection[str]]],
+    carries: Mapping[str, Carry],
+    calls: Sequence[str],
+    known: Iterable[str],
+) -> set[str]:
+    """Inputs that would have no value when they are needed.
+
+    Args:
+        programs: Names of the inputs and outputs of each program.
+        carries: How the outputs of each become inputs.
+        calls: The program of each call.
+        known: Names that have a value at the start, or are given with each call.
+    """
+    have, missing = set(known), set()
+    for program in dict.fromkeys(calls):  # what a program lacks it lacks the first time
+        inputs, outputs = programs[program]
+        missing |= set(inputs) - have
+        have |= set(outputs)
+        for chain in carries.get(program, ()):
+            have.add(chain[1])
+    return missing
 
 
 def check_put(
@@ -142,6 +190,26 @@ class LoopingEngine(Protocol):
 
     def loop(self, rows: int, carry: Carry) -> Loop:
         """Set aside room for calls with that many rows."""
+        ...
+
+
+@runtime_checkable
+class JoiningEngine(Protocol):
+    """What an engine has beside `Engine` if loops over it and others are worth handing over."""
+
+    def join(
+        self, others: Sequence[Engine], rows: int, carries: Mapping[str, Carry]
+    ) -> WholeLoop | None:
+        """A loop over its program and those of other engines of the backend.
+
+        Args:
+            others: The other engines.
+            rows: Size of the dynamic axis in every call.
+            carries: How the outputs of each program become inputs, by name; none if left out.
+
+        Returns:
+            The loop; None where the engines cannot share one.
+        """
         ...
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
 from typing import TypeVar, cast
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Backend, Engine
 from diffveil.engines._budget import MemoryBudget
-from diffveil.engines._loop import STEP_CARRY, Loop, loop_of
+from diffveil.engines._loop import STEP_CARRY, Carry, JoiningEngine, Loop, WholeLoop, loop_of
 from diffveil.engines._pool import EnginePool, Examine
 from diffveil.errors import EngineError
 
@@ -88,6 +88,11 @@ class Programs:
         with suppress(EngineError):  # loading will say what is wrong, or fall back
             limits += [] if ask is None else [int(ask(self.bundle))]
         return min(limits, default=None)
+
+    @property
+    def takes_loops(self) -> bool:
+        """Whether the backend gains by loops that are handed over whole; see `whole_loop`."""
+        return bool(getattr(self.backend, "takes_loops", False))
 
     def preferring(self, name: str, why: str) -> Programs | None:
         """The same programs on another of the backends, with the others to fall back on.
@@ -241,6 +246,28 @@ class Programs:
             BundleError: The bundle has no program `step`.
         """
         return loop_of(self.engine("step"), rows, STEP_CARRY)
+
+    def whole_loop(
+        self, programs: Sequence[str], rows: int, carries: Mapping[str, Carry]
+    ) -> WholeLoop | None:
+        """A loop over several programs whose calls the backend takes all at once.
+
+        Args:
+            programs: Names, at least one.
+            rows: Rows B of every call.
+            carries: How the outputs of each program become inputs.
+
+        Returns:
+            The loop, to be closed; None where the bundle lacks a program, or where the backend
+            gains nothing by it: then call program by program.
+
+        Raises:
+            EngineError: An engine cannot be loaded, or does not take so many rows.
+        """
+        if not all(self.can(name) for name in programs):
+            return None
+        first, *others = [self.engine(name) for name in programs]
+        return first.join(others, rows, carries) if isinstance(first, JoiningEngine) else None
 
     def _denoise(self, program: str, latent: Array, timestep: Array, conditioning: Array) -> _F32:
         outputs = self._pool.call(

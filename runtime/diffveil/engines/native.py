@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Hashable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
-from diffveil.engines._base import Array
+from diffveil.engines._base import Array, Engine
 from diffveil.engines._cuda import Graph, Memory, Pinned
 from diffveil.engines._execution import Execution
+from diffveil.engines._kernel_cache import KernelCache
 from diffveil.engines._lanes import Lane, Lanes
 from diffveil.engines._loop import Carry
 from diffveil.engines.bound import shape_of
-from diffveil.engines.native_loop import NativeLoop
+from diffveil.engines.native_loop import Member, NativeLoop
 from diffveil.engines.records import EngineRecord
 from diffveil.errors import EngineError
 from diffveil.programs import Dimensions, ProgramSpec, check_inputs
@@ -24,8 +25,6 @@ __all__ = ["NativeEngine"]
 
 _KEPT = 4
 """Batch sizes of a lane for which an engine keeps buffers and graphs."""
-
-_K = TypeVar("_K", bound=Hashable)
 
 
 class _Bound:
@@ -89,6 +88,7 @@ class NativeEngine:
         dimensions: Sizes of the bundle's fixed axes.
         lanes: Streams and memory that all engines of the backend share.
         graphs: Whether to capture graphs.
+        kernels: Where the library's compiled kernels are kept between processes.
 
     Raises:
         EngineError: Tensors of the engine are not those of the program.
@@ -104,6 +104,7 @@ class NativeEngine:
         lanes: Lanes,
         *,
         graphs: bool = True,
+        kernels: KernelCache | None = None,
     ) -> None:
         wanted = {t.name for t in program.inputs}, {t.name for t in program.outputs}
         if not record.inputs.keys() <= wanted[0] or record.outputs.keys() != wanted[1]:
@@ -117,15 +118,19 @@ class NativeEngine:
             raise EngineError(f"program '{program.name}': NumPy has no {', '.join(odd)}")
         self._trt, self._engine, self._record = trt, engine, record
         self._program, self._dimensions = program, dimensions
-        self._lanes, self._graphs = lanes, graphs
+        self._lanes, self._graphs, self._kernels = lanes, graphs, kernels
         self._lock = threading.Lock()
         self._bound: OrderedDict[tuple[int, int], _Bound] = OrderedDict()
-        self._loops: OrderedDict[tuple[int, int], NativeLoop] = OrderedDict()
 
     @property
     def program(self) -> ProgramSpec:
         """The program that this engine executes."""
         return self._program
+
+    @property
+    def batches(self) -> tuple[int, int]:
+        """Fewest and most rows of one call, as the engine was built."""
+        return next(iter(self._record.profile.values())).min[0], self._record.max_batch
 
     def run(self, **inputs: Array) -> dict[str, Array]:
         """Execute the program once; see `Engine.run`."""
@@ -138,25 +143,40 @@ class NativeEngine:
             if bound is None:
                 bound = _Bound(self._execution(shapes, lane), self._record, shapes)
             outputs = bound.run(inputs, self._graphs)
-            self._keep(self._bound, key, bound)
+            self._save_kernels()
+            self._keep(key, bound)
         return {t.name: outputs[t.name].astype(t.dtype, copy=False) for t in self._program.outputs}
 
     def loop(self, rows: int, carry: Carry) -> NativeLoop:
         """A loop whose tensors stay on the device; close it when its result has been read."""
-        shapes = self._shapes(rows)
+        return self._loop([self], rows, {self._program.name: carry})
+
+    def join(
+        self, others: Sequence[Engine], rows: int, carries: Mapping[str, Carry]
+    ) -> NativeLoop | None:
+        """A loop over several engines of one device; see `JoiningEngine.join`."""
+        engines = [self, *(e for e in others if isinstance(e, NativeEngine))]
+        if len(engines) <= len(others) or any(e._lanes is not self._lanes for e in engines):
+            return None
+        return self._loop(engines, rows, carries)
+
+    def _loop(
+        self, engines: Sequence[NativeEngine], rows: int, carries: Mapping[str, Carry]
+    ) -> NativeLoop:
+        shapes = {name: shape for e in engines for name, shape in e._shapes(rows).items()}
         lane = self._lanes.take()
         try:
-            key = id(lane), rows
-            with self._lock:
-                loop = self._loops.pop(key, None)
+            key = id(lane), rows, tuple(e._program.name for e in engines)
+            loop: NativeLoop | None = self._lanes.loops.take(key, engines)
             if loop is None:
-                execution = self._execution(shapes, lane)
-                loop = NativeLoop(
-                    execution, self._record, self._program, shapes, carry, graphs=self._graphs
-                )
+                members = [Member(e._program, e._execution(e._shapes(rows), lane)) for e in engines]
+                loop = NativeLoop(members, shapes, carries, graphs=self._graphs)
 
             def done(loop: NativeLoop) -> None:
-                self._keep(self._loops, key, loop)
+                for engine in engines:
+                    engine._save_kernels()
+                if all(e._engine is not None for e in engines):
+                    self._lanes.loops.keep(key, loop, engines)
                 self._lanes.give(lane)
 
             loop.begin(done)
@@ -170,21 +190,26 @@ class NativeEngine:
         with self._lock:
             self._engine = None
             self._bound.clear()
-            self._loops.clear()
+        self._lanes.loops.forget(self)
 
-    def _keep(self, kept: OrderedDict[_K, Any], key: _K, value: Any) -> None:
+    def _save_kernels(self) -> None:
+        """Keep what the library has compiled since; costs nothing where it has not."""
+        if self._kernels is not None:
+            self._kernels.save()
+
+    def _keep(self, key: tuple[int, int], bound: _Bound) -> None:
         with self._lock:
             if self._engine is None:
                 return
-            kept[key] = value
-            while len(kept) > _KEPT:
-                kept.popitem(last=False)
+            self._bound[key] = bound
+            while len(self._bound) > _KEPT:
+                self._bound.popitem(last=False)
 
     def _execution(self, shapes: Mapping[str, tuple[int, ...]], lane: Lane) -> Execution:
         engine = self._engine
         if engine is None:
             raise EngineError(f"the engine of program '{self._program.name}' is closed")
-        return Execution(self._trt, engine, self._record, shapes, lane)
+        return Execution(self._trt, engine, self._record, shapes, lane, self._kernels)
 
     def _shapes(self, rows: int) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor of a call with that many rows.
@@ -194,11 +219,11 @@ class NativeEngine:
         """
         if self._engine is None:
             raise EngineError(f"the engine of program '{self._program.name}' is closed")
-        least = next(iter(self._record.profile.values())).min[0]
-        if not least <= rows <= self._record.max_batch:
+        least, most = self.batches
+        if not least <= rows <= most:
             raise EngineError(
-                f"the engine of program '{self._program.name}' takes {least} to "
-                f"{self._record.max_batch} rows, received {rows}; build it with another --batch"
+                f"the engine of program '{self._program.name}' takes {least} to {most} rows, "
+                f"received {rows}; build it with another --batch"
             )
         tensors = (*self._program.inputs, *self._program.outputs)
         return {t.name: shape_of(t, self._dimensions, rows) for t in tensors}

@@ -79,7 +79,9 @@ class ONNXRuntimeEngine:
         """A loop whose tensors stay in buffers of its own; see `LoopingEngine`."""
         if self._session is None:
             raise EngineError(f"the engine of program '{self._program.name}' is closed")
-        return BoundLoop(self._session, self._program, self._dimensions, rows, carry)
+        return BoundLoop(
+            [(self._session, self._program)], self._dimensions, rows, {self._program.name: carry}
+        )
 
     def close(self) -> None:
         """Free the session and its weights."""

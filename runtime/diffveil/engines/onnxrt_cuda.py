@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike, fspath
 from types import MappingProxyType
@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeAlias
 
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Array, Availability, Engine
-from diffveil.engines._loop import Carry, Loop
-from diffveil.engines.bound import BoundLoop, DeviceBuffer, shape_of
+from diffveil.engines._loop import Carry, Loop, WholeLoop
+from diffveil.engines.bound import BoundLoop, BoundWholeLoop, DeviceBuffer, shape_of
 from diffveil.engines.device import present_target
 from diffveil.engines.onnxrt import ONNXRuntimeEngine, installed, open_session, session_options
 from diffveil.errors import EngineError, OptionError
@@ -23,6 +23,8 @@ from diffveil.programs import Dimensions, ProgramSpec, check_inputs
 __all__ = ["PROVIDERS", "BoundEngine", "ONNXRuntimeCUDA", "Provider"]
 
 _INSTALL = "pip install 'diffveil[cuda]'"
+_NO_GRAPH = -1
+"""Number by which ONNX Runtime is told not to capture: buffers take turns in loops."""
 _KEPT_BINDINGS = 4
 """Batch sizes for which an engine keeps its buffers."""
 
@@ -134,10 +136,23 @@ class BoundEngine(ONNXRuntimeEngine):
         """A loop whose tensors stay on the device; see `LoopingEngine`."""
         if self._session is None:
             raise EngineError(f"the engine of program '{self.program.name}' is closed")
-        # Buffers take turns in a loop, so no captured call would ever fit again.
-        options = self._options(-1)
+        sessions, carries = [(self._session, self.program)], {self.program.name: carry}
         return BoundLoop(
-            self._session, self.program, self._dimensions, rows, carry, self._device, options
+            sessions, self._dimensions, rows, carries, self._device, self._options(_NO_GRAPH)
+        )
+
+    def join(
+        self, others: Sequence[Engine], rows: int, carries: Mapping[str, Carry]
+    ) -> WholeLoop | None:
+        """A loop over several sessions of one device; see `JoiningEngine.join`."""
+        engines = [self, *(e for e in others if isinstance(e, BoundEngine))]
+        if len(engines) <= len(others) or any(not e._bindable for e in engines):
+            return None
+        sessions = [(e._session, e.program) for e in engines]
+        if any(session is None for session, _ in sessions):
+            raise EngineError("an engine of a loop is closed")
+        return BoundWholeLoop(
+            sessions, self._dimensions, rows, carries, self._device, self._options(_NO_GRAPH)
         )
 
     def close(self) -> None:
@@ -219,6 +234,11 @@ class ONNXRuntimeCUDA:
     def name(self) -> str:
         """`onnxruntime-cuda`, whichever provider it is."""
         return "onnxruntime-cuda"
+
+    @property
+    def takes_loops(self) -> bool:
+        """True: tensors stay on the device from call to call."""
+        return True
 
     def available(self) -> Availability:
         """Whether ONNX Runtime brings the provider and a GPU is here."""

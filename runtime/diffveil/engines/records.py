@@ -34,6 +34,7 @@ __all__ = [
     "ShapeRange",
     "engine_folder",
     "find_engine",
+    "open_own",
     "parse_records",
     "program_digest",
     "read_records",
@@ -115,7 +116,7 @@ class EngineFile:
         Raises:
             EngineError: It was changed since it was found, or cannot be read.
         """
-        with _open(self.path) as stream:
+        with open_own(self.path) as stream:
             data = stream.read(self.record.bytes + 1)
         _compare(self, len(data), hashlib.sha256(data).hexdigest())
         return data
@@ -205,7 +206,7 @@ def find_engine(
             + f"; {again}"
         )
     engine = EngineFile(folder / record.file, record)
-    with _open(engine.path) as stream:
+    with open_own(engine.path) as stream:
         size, checksum = os.fstat(stream.fileno()).st_size, record.sha256
         if check_contents and size == record.bytes:
             checksum = _hash(stream)
@@ -222,7 +223,7 @@ def read_records(folder: Path) -> dict[str, EngineRecord]:
     file = folder / RECORD_FILE
     if not os.path.lexists(file):
         return {}
-    with _open(file) as stream:
+    with open_own(file) as stream:
         raw = stream.read(_MAX_RECORD_BYTES + 1)
     if len(raw) > _MAX_RECORD_BYTES:
         raise EngineError(f"'{file}' is larger than {_MAX_RECORD_BYTES} bytes: no engine record")
@@ -298,8 +299,12 @@ def _check_folder(folder: Path, bundle: Bundle, backend: str) -> None:
     _check_owner(folder, state)
 
 
-def _open(path: Path) -> BinaryIO:
-    """Open a plain file that nobody else could have written; what is checked is what is read."""
+def open_own(path: Path) -> BinaryIO:
+    """Open a plain file that nobody else could have written; what is checked is what is read.
+
+    Raises:
+        EngineError: It is none, or cannot be read.
+    """
     try:
         stream = os.fdopen(os.open(path, _OPEN), "rb")
     except OSError as error:

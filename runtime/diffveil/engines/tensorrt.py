@@ -13,6 +13,7 @@ from typing import Any
 from diffveil.bundle import Bundle
 from diffveil.engines._base import Availability, Engine
 from diffveil.engines._cuda import Device, load_driver
+from diffveil.engines._kernel_cache import KernelCache
 from diffveil.engines._lanes import Lanes
 from diffveil.engines.device import present_target
 from diffveil.engines.native import NativeEngine
@@ -76,6 +77,11 @@ class TensorRT:
     def name(self) -> str:
         """`tensorrt-rtx` or `tensorrt`."""
         return self._name
+
+    @property
+    def takes_loops(self) -> bool:
+        """True: tensors stay on the device from call to call."""
+        return True
 
     def available(self) -> Availability:
         """Whether the library, the bindings of CUDA and a GPU are here."""
@@ -143,6 +149,7 @@ class TensorRT:
             bundle.dimensions,
             lanes,
             graphs=self._graphs,
+            kernels=KernelCache(found.path, self.name, lanes.device),
         )
 
     def _refit(

@@ -1,0 +1,273 @@
+"""One run of the GPU benchmark: what is checked, built and timed, and how it is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks import kernels
+from benchmarks._gpu_timing import timed
+from benchmarks._gpu_torch import DTYPES, Mode, matmul_ceiling, torch_device, wait_for
+from benchmarks._kernel_cases import kernel_cases
+from benchmarks._results import Recorder
+from benchmarks._timing import resident_bytes
+from diffveil.bundle import Bundle
+from diffveil.engines import BACKENDS, Backend, Engine, Programs, select_backend
+from diffveil.engines._cuda import Device
+from diffveil.engines.tensorrt import MODULES
+from diffveil.errors import DiffveilError
+from diffveil.golden import judge_for
+from diffveil.noise import NoiseKey
+from diffveil.operations import FaceOperations
+from diffveil.presets import PRESETS
+from diffveil_export.engines.builder import BuildOptions, build_engines
+from diffveil_export.engines.trt_api import load_builder
+from diffveil_export.verify import random_inputs
+from diffveil_kernels.errors import KernelError
+
+__all__ = ["EXCLUDED", "GpuRun", "TimeIsUp", "present_gpu"]
+
+EXCLUDED = "loading, photos and files: calls on prepared crops, from host memory to host memory"
+
+
+class TimeIsUp(Exception):
+    """The run's time is spent: what is missing is measured when it is started again."""
+
+
+@dataclass(eq=False)
+class GpuRun:
+    """One run.
+
+    Attributes:
+        recorder: Where results go.
+        seconds: Time for each case.
+        batches: Faces of a call.
+        done: Case and provider of what need not be measured.
+        until: When to begin no further case, by `time.monotonic`.
+        say: Told what begins.
+        presets: Names of the presets that are timed.
+        ceiling: Operations a second that the device reaches in a large matrix product.
+    """
+
+    recorder: Recorder
+    seconds: float
+    batches: tuple[int, ...]
+    done: set[tuple[str, str]]
+    until: float
+    say: Callable[[str], None]
+    presets: tuple[str, ...] = tuple(PRESETS)
+    ceiling: float | None = field(default=None, init=False)
+
+    def measure_ceiling(self, dtype: str, side: int) -> None:
+        """How many operations a second the device reaches: measured in every run."""
+        self.say("measuring the ceiling")
+        device = torch_device()
+        product, flops = matmul_ceiling(device, DTYPES[dtype], side)
+        rates = flops / timed(product, min(self.seconds, 1.0), wait_for(device)) / 1e9
+        self.ceiling = float(np.median(rates))
+        name = f"ceiling/matrix product {side}"
+        self.recorder.add(name, f"PyTorch {device}", "rate", "TFLOP/s", rates)
+
+    def build(self, bundle: Bundle) -> None:
+        """Engines of every builder that is installed, for the GPU that is here."""
+        options = BuildOptions(batch=tuple(sorted({1, *self.batches}))[-3:])
+        for name in MODULES:
+            self._in_time()
+            self.say(f"building engines of {name}")
+            try:
+                build_engines(bundle, load_builder(name), options)
+            except DiffveilError as error:
+                self.recorder.not_run("build/engines", _ours(name), str(error)[:2000])
+
+    def backends(self, bundle: Bundle, names: list[str] | None) -> Iterator[Backend]:
+        """Those that can run here and compute what they should; results say why others do not."""
+        judge = judge_for(bundle)
+        for name in names or BACKENDS:
+            case = "correctness/golden data"
+            self.say(f"checking {name}")
+            selection = select_backend(name, bundle)
+            if selection.backend is None:
+                why = selection.reasons[0].why
+                self.say(f"  {name} is absent: {why}")
+                self.recorder.not_run(case, _ours(name), why)
+                continue
+            verdict = judge(selection.backend)
+            self.recorder.add(
+                case, _ours(name), "passed", "share", [float(verdict.ok)], detail=verdict.why[:2000]
+            )
+            self.say(f"  {name}: {verdict.why}")
+            if verdict:
+                yield selection.backend
+
+    def kernels(self, batch: int, size: int, photo: int) -> None:
+        """Every kernel: held against NumPy, then timed beside PyTorch and its compiler."""
+        why = kernels.missing()
+        cases = kernel_cases("cpu" if why else "cuda", batch=batch, size=size, photo=photo)
+        wanted = [c for c in cases if (f"kernel/{c.name}", "diffveil kernel") not in self.done]
+        if why is None and wanted:
+            self._in_time()
+            self.say("kernels")
+            try:
+                kernels.measure_here(wanted, lambda records: self._keep_kernel(records[-1]))
+            except KernelError as error:
+                why = str(error)
+        if why is not None:
+            self.say(f"  kernels are not run: {why}")
+            for case in wanted:
+                self.recorder.not_run(f"kernel/{case.name}", "diffveil kernel", why[:2000])
+
+    def programs(self, bundle: Bundle, backend: Backend) -> None:
+        """Every program alone."""
+        for name in bundle.manifest.programs:
+            case = f"program/{name}"
+            wanted = [b for b in self.batches if not self._is_done(_of(case, b), backend.name)]
+            if not wanted:
+                continue
+            before = _memory()
+            try:
+                engine = backend.load(bundle, name)
+            except DiffveilError as error:
+                self.recorder.not_run(case, _ours(backend.name), str(error)[:2000])
+                continue
+            cost = bundle.program(name).cost
+            for batch in wanted:
+                flops = None if cost is None else float(cost.flops * batch)
+                call = partial(engine.run, **_feed(engine, bundle, batch))
+                self._time(case, _ours(backend.name), batch, call, flops=flops, before=before)
+            engine.close()
+
+    def operations(self, bundle: Bundle, backend: Backend) -> None:
+        """Whole operations on crops with every preset."""
+        size = bundle.image_size
+        with Programs(bundle, backend) as programs:
+            operations = FaceOperations(programs)
+            for preset in (PRESETS[name] for name in self.presets):
+                for batch in self.batches:
+                    rng = np.random.default_rng(batch)
+                    crops = rng.uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
+                    keys = [NoiseKey.from_seed(face) for face in range(batch)]
+
+                    def recovered(crops: Any = crops, inversion: Any = preset.recovery) -> object:
+                        return operations.recover(*operations.invert(crops, inversion), inversion)
+
+                    ways: dict[str, Callable[[], object]] = {
+                        "anonymize": partial(
+                            operations.anonymize, crops, preset.anonymize, keys=keys
+                        ),
+                        "hide": partial(operations.hide, crops, preset.hide, keys=keys),
+                        "recover": recovered,
+                    }
+                    for name, call in ways.items():
+                        case, who = f"{name}/{preset.name}", _ours(backend.name)
+                        self._time(case, who, batch, call, preset=preset.name)
+
+    def pytorch(
+        self,
+        label: str,
+        cases: Iterator[tuple[str, Mode, int, Callable[[], object]]],
+        device: torch.device,
+    ) -> None:
+        """What PyTorch does beside us."""
+        for name, mode, batch, call in cases:
+            who = f"{label}, PyTorch {mode}"
+            self._time(f"{name}/{label}", who, batch, call, wait=wait_for(device))
+
+    def _time(
+        self,
+        case: str,
+        provider: str,
+        batch: int,
+        call: Callable[[], object],
+        *,
+        flops: float | None = None,
+        before: int | None = None,
+        wait: Callable[[], object] = lambda: None,
+        **config: Any,
+    ) -> None:
+        alone, case = case.startswith("program/"), _of(case, batch)
+        if (case, provider) in self.done:
+            return
+        self._in_time()
+        self.say(f"{provider}: {case}")
+        counts = {"fewest": 5, "warm_up": 3} if alone else {"fewest": 3, "warm_up": 2}
+        try:
+            spent = timed(call, self.seconds, wait, **counts)
+        except (DiffveilError, RuntimeError) as error:  # RuntimeError: PyTorch's out of memory
+            why = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            self.recorder.not_run(case, provider, why, faces=batch, **config)
+            return
+        config |= {"faces": batch, "p90": float(np.quantile(spent, 0.9)) / batch}
+        add = partial(self.recorder.add, case, provider)
+        add("time a face", "ms", spent / batch, **config, excluded=EXCLUDED)
+        add("throughput", "faces/s", 1000 * batch / spent, **config)
+        if flops is not None:
+            rates = flops / spent / 1e9
+            add("rate", "TFLOP/s", rates, **config)
+            if self.ceiling:
+                add("of the ceiling", "share", rates / self.ceiling, **config)
+        now = _memory()
+        if before is not None and now is not None:
+            add("memory", "MiB", [max(0, now - before) / 2**20], **config)
+
+    def _keep_kernel(self, record: kernels.Record) -> None:
+        case, detail = f"kernel/{record['case']}", {"bytes": record["bytes"]}
+        if not record["correct"]:
+            why = f"WRONG by {record['difference']}"
+            self.recorder.not_run(case, "diffveil kernel", why, **detail)
+            return
+        detail["verdict"] = record["verdict"]
+        add = partial(self.recorder.add, case)
+        for key, who in (
+            ("ours", "diffveil kernel"),
+            ("torch", "PyTorch"),
+            ("compiled", "torch.compile"),
+        ):
+            if record[f"{key}_us"] is None:
+                self.recorder.not_run(case, who, record.get(f"{key}_problem", ""), **detail)
+            else:
+                add(who, "time", "µs", [record[f"{key}_us"]], **detail)
+        add("diffveil kernel", "time over the memory floor", "×", [record["over_floor"]], **detail)
+
+    def _is_done(self, case: str, backend: str) -> bool:
+        return (case, _ours(backend)) in self.done
+
+    def _in_time(self) -> None:
+        if time.monotonic() > self.until:
+            raise TimeIsUp
+
+
+def present_gpu() -> Device | None:
+    """The first GPU, through its driver; None where there is none."""
+    with suppress(DiffveilError):
+        return Device()
+    return None
+
+
+def _of(case: str, batch: int) -> str:
+    return f"{case}, {batch} at once"
+
+
+def _ours(backend: str) -> str:
+    return f"diffveil {backend}"
+
+
+def _memory() -> int | None:
+    """Bytes in use on the GPU, or by this process where there is none."""
+    device = present_gpu()
+    if device is None:
+        return resident_bytes()
+    free, total = device.free_and_total()
+    return total - free
+
+
+def _feed(engine: Engine, bundle: Bundle, batch: int) -> dict[str, Any]:
+    spec, generator = engine.program, torch.Generator().manual_seed(batch)
+    inputs = random_inputs(spec, bundle.dimensions, batch, generator)
+    return {t.name: x.numpy() for t, x in zip(spec.inputs, inputs, strict=True)}

@@ -1,0 +1,81 @@
+"""Adds programs `predict`, `steer` and `advance` to a finished bundle, whoever exported it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from diffveil.bundle import MANIFEST_FILE, Bundle
+from diffveil.engines import ONNXRuntimeCPU
+from diffveil.golden import GOLDEN_FILE
+from diffveil.parity import OutputParity
+from diffveil.programs import ALL_PROGRAMS, LOOP_PROGRAMS, ProgramSpec
+from diffveil_export.bundle_writer import ProgramFacts, enter_program, staged_folder
+from diffveil_export.cost import program_cost
+from diffveil_export.golden import golden_outputs
+from diffveil_export.lower import lower
+from diffveil_export.step_parts import Advance, PredictProgram, Steer
+from diffveil_export.verify import check_program, random_inputs, require_parity
+
+__all__ = ["add_loop_programs"]
+
+_EXAMPLE_SEED = 5
+_GOLDEN_SEED = 47
+
+
+def add_loop_programs(bundle: Bundle, target: Path, *, force: bool = False) -> Bundle:
+    """Write a copy of a bundle that holds the programs of whole loops as well; keys stay valid.
+
+    They have no weights and take some kilobytes. Engines built from the bundle are not copied.
+
+    Args:
+        bundle: Any bundle; one that has the programs gets them replaced.
+        target: Folder to create; the bundle's own with `force`.
+        force: Replace a bundle that is already there.
+
+    Raises:
+        OptionError: `target` exists.
+        ParityError: A program does not compute what PyTorch does; nothing is left behind.
+    """
+    bundle.verify(full=True)
+    modules = dict(zip(LOOP_PROGRAMS, (PredictProgram(), Steer(), Advance()), strict=True))
+    with staged_folder(target, force=force) as folder:
+        for file in {f.name for f in bundle.manifest.all_files()} | {MANIFEST_FILE}:
+            shutil.copyfile(bundle.path / file, folder / file)
+        tensors = load_file(folder / GOLDEN_FILE) if bundle.has_golden else None
+        for name, module in modules.items():
+            spec = ALL_PROGRAMS[name]
+            if tensors is not None:
+                tensors |= golden_outputs(module, spec, bundle.dimensions, tensors, _GOLDEN_SEED)
+                save_file(tensors, folder / GOLDEN_FILE)
+            _add(folder, spec, module.eval(), bundle)
+        Bundle.load(folder).verify(full=True)
+    return Bundle.load(target)
+
+
+def _add(folder: Path, spec: ProgramSpec, module: nn.Module, bundle: Bundle) -> None:
+    """Write one program, hold it against PyTorch, and state both."""
+    d = bundle.dimensions
+    inputs = random_inputs(spec, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))
+    model = lower(module, spec, inputs)
+    ir.save(model, folder / f"{spec.name}.onnx")
+    cost = program_cost(model)
+    enter_program(folder, spec, d, ProgramFacts((), cost=cost), {}, (GOLDEN_FILE,))
+    rows = _check(folder, spec, module)
+    require_parity(rows)
+    parity = tuple(row.entry() for row in rows)
+    enter_program(folder, spec, d, ProgramFacts((), parity=parity, cost=cost), {})
+
+
+def _check(folder: Path, spec: ProgramSpec, module: nn.Module) -> tuple[OutputParity, ...]:
+    staged, backend = Bundle.load(folder), ONNXRuntimeCPU(threads=torch.get_num_threads())
+    engine = backend.load(staged, spec.name)
+    try:
+        return check_program(module, engine, staged.dimensions)
+    finally:
+        engine.close()
