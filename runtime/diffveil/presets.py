@@ -56,10 +56,9 @@ _PAPER = Preset(
 # steps that carry their noise along pile it up: faces come out whole, and more steps make them
 # sharper. Fresh noise alone already makes most of a stranger, so repelling may be gentle: one
 # gradient of unit size a step, scaled with the noise that is left to absorb it, through the latent
-# recognizer. hide must arrive at one identity exactly: it takes the full gradient, twice a step,
-# and the ordinary model, because the distilled one keeps less of the identity.
+# recognizer. hide must arrive at one identity exactly: it takes the full gradient, twice a step.
 _REPEL = Guidance(
-    weight=((-1, 0.06),),
+    weight=((-1, 0.1),),
     normalise="rms",
     scale_with_noise=True,
     margin=-0.2,
@@ -94,15 +93,16 @@ _HIDE = Plan(
 _BALANCED = Preset(
     name="balanced",
     anonymize=replace(_ANONYMIZE, distilled=True, otherwise=_ANONYMIZE),
-    hide=_HIDE,
+    hide=replace(_HIDE, distilled=True, otherwise=_HIDE),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
-_QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.08),)))
+_QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.12),), margin=-0.5))
+_QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
     anonymize=replace(_QUICKER, distilled=True, otherwise=_QUICKER),
-    hide=replace(_HIDE, steps=8, strength=0.8),
+    hide=replace(_QUICKER_HIDE, distilled=True, otherwise=_QUICKER_HIDE),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
