@@ -28,6 +28,7 @@ import diffveil
 from benchmarks._metrics import psnr
 from benchmarks._recognizers import ARCFACE_TEMPLATE, load_recognizer
 from benchmarks.protocol.baselines import BASELINES
+from benchmarks.protocol.judges import DISTILLED, INDEPENDENT
 from benchmarks.protocol.pairs import Protection, make_pairs, training_files
 from benchmarks.protocol.people import Pixels, Portrait, add_arguments, load_people, named_files
 from benchmarks.protocol.tables import insert, interval, percent, table, write_json
@@ -124,7 +125,7 @@ def as_markdown(report: dict[str, Any]) -> str:
             changes = [(one[k], other[k]) for k in ("same_photo", "other_photos")]
             changes.append((a["rank1"], b["rank1"]))
             cells = [f"{percent(x)} → {interval(y)}" for x, y in changes]
-            kind = "independent" if row["independent"] else "guided against"
+            kind = INDEPENDENT if row["independent"] else DISTILLED
             who = f"{row['recognizer']} ({kind})"
             rows.append(
                 (

@@ -207,6 +207,9 @@ def test_gmsd_is_nothing_for_equal_and_grows_with_damage(rng: np.random.Generato
 
 
 def test_yardsticks_replace_the_face_and_nothing_else(rng: np.random.Generator) -> None:
+    pytest.importorskip(
+        "skimage.metrics", reason="with scikit-image's own dependencies", exc_type=ImportError
+    )
     portraits = []
     for person in "ab":
         pixels = np.repeat(rng.integers(0, 256, (130, 120, 1)), 3, 2).astype(np.uint8)

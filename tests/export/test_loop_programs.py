@@ -41,9 +41,8 @@ from fake_cuda import FakeDriver
 from fake_trt_runtime import TARGET, FakeTensorRT, write_engines
 
 F32 = NDArray[np.float32]
-_HIDE = replace(
-    PRESETS["fast"].hide, steps=6, guidance=replace(PRESETS["fast"].hide.guidance, margin=None)
-)
+_PLAIN_HIDE = PRESETS["fast"].hide.fitting(has_few=False)
+_HIDE = replace(_PLAIN_HIDE, steps=6, guidance=replace(_PLAIN_HIDE.guidance, margin=None))
 _REPEL = Plan(
     *("lcm", 6, 0.8, 400, 300),
     Guidance(weight=((-1, 0.3),), normalise="rms", scale_with_noise=True, margin=-0.2),

@@ -26,7 +26,7 @@ ANONYMIZE = replace(
     strength=0.6,
     guidance=replace(_PLAIN.guidance, through="pixels"),
 )
-HIDE = replace(preset("balanced").hide, steps=5, strength=0.8)
+HIDE = replace(preset("balanced").hide.fitting(has_few=False), steps=5, strength=0.8)
 
 
 @pytest.fixture
