@@ -25,7 +25,8 @@ def to_float16(array: Array) -> Array:
 def to_tf32(array: Array) -> Array:
     """The nearest numbers with ten bits of fraction, in float32's range."""
     bits = np.ascontiguousarray(array, np.float32).view(np.uint32)
-    return ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+    rounded: Array = ((bits + np.uint32(1 << 12)) & np.uint32(0xFFFFE000)).view(np.float32)
+    return rounded
 
 
 class Rounded(ONNXRuntimeCPU):

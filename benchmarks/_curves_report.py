@@ -16,8 +16,8 @@ def worst(record: dict[str, Any], operation: Operation) -> float:
     """The rate that counts: for anonymize the highest, for hide the lowest independent one."""
     rows = [r for r in record.values() if r["independent"]] or list(record.values())
     if operation == "anonymize":
-        return max(max(r["same_photo"], r["other_photos"]) for r in rows)
-    return min(r["same_photo"] for r in rows)
+        return max(float(max(r["same_photo"], r["other_photos"])) for r in rows)
+    return min(float(r["same_photo"]) for r in rows)
 
 
 def as_markdown(report: dict[str, Any]) -> str:

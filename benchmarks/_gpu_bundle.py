@@ -127,6 +127,9 @@ SIZES = {
 
 def random_components(size: Size) -> Components:
     """The networks, with the weights that their constructors draw."""
+    # Sizes go in by name, which the constructors' types do not foresee.
+    text_config: Any = CLIPTextConfig
+    vision_config: Any = CLIPVisionConfig
     vae_class: Any = AutoencoderKL
     unet_class: Any = UNet2DConditionModel
     recognizer = IRSE50(*size.recognizer)
@@ -138,8 +141,8 @@ def random_components(size: Size) -> Components:
         name="random",
         vae=vae_class(**size.vae),
         unet=unet_class(**size.unet),
-        text=CLIPTextModel(CLIPTextConfig(**size.text)),
-        vision=CLIPVisionModel(CLIPVisionConfig(**size.vision)),
+        text=CLIPTextModel(text_config(**size.text)),
+        vision=CLIPVisionModel(vision_config(**size.vision)),
         vocabulary=size.vocabulary,
         msi_state=MSI(*size.msi).state_dict(),
         recognizer=recognizer,

@@ -97,7 +97,7 @@ class StyleGenerator(nn.Module):
     def forward(self, styles: torch.Tensor) -> torch.Tensor:
         """Pictures [B, 3, size, size] of styles [B, K, W]."""
         x = self.first(self.constant.expand(len(styles), -1, -1, -1), styles[:, 0])
-        picture = self.picture[0](x, styles[:, 1])
+        picture: torch.Tensor = self.picture[0](x, styles[:, 1])
         for index in range(len(self.convs) // 2):
             x = self.convs[2 * index](x, styles[:, 2 * index + 1])
             x = self.convs[2 * index + 1](x, styles[:, 2 * index + 2])

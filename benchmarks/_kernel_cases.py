@@ -7,7 +7,7 @@ The plain way is the PyTorch reference, which computes the same; sizes are those
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,7 +177,7 @@ def _paste(
     )
 
 
-def _tables(table: FaceTable, device: Any) -> Sequence[torch.Tensor]:
+def _tables(table: FaceTable, device: Any) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Integers, numbers, and scratch memory for reduced images."""
     return (
         torch.from_numpy(table.integers).to(device),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -39,7 +40,8 @@ def load_recognizer(path: Path, batch: int = 32) -> Embed:
     elif path.suffix in {".pt", ".ts"}:
         import torch
 
-        module = torch.jit.freeze(torch.jit.load(str(path), map_location="cpu").eval())
+        load: Any = torch.jit.load  # has no types
+        module = torch.jit.freeze(load(str(path), map_location="cpu").eval())
 
         def run(pixels: NDArray[np.float32]) -> NDArray[np.float32]:
             with torch.no_grad():

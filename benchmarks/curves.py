@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,7 +62,7 @@ class Choice:
 
 
 # Family, sampler, whether it runs the distilled model.
-_SAMPLERS = (
+_SAMPLERS: tuple[tuple[str, Literal["ddim", "dpm++2m", "lcm", "tcd"], bool], ...] = (
     ("ddim", "ddim", False),
     ("dpm++2m", "dpm++2m", False),
     ("lcm", "lcm", False),

@@ -22,6 +22,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,7 +86,7 @@ def measure(
         record["correct"] = all(right for right, _ in checks.values())
         if record["correct"]:
             launch = next(iter(launches.values()))
-            record["ours_us"] = _microseconds(lambda c=case, run=launch: run(c.calls))
+            record["ours_us"] = _microseconds(partial(launch, case.calls))
             for name, way in (("torch", case.plain), ("compiled", torch.compile(case.plain))):
                 record[f"{name}_us"], problem = _tried(way)
                 if problem:
@@ -218,7 +219,8 @@ def _tried(way: Callable[[], object]) -> tuple[float | None, str | None]:
 
 def _microseconds(way: Callable[[], object]) -> float:
     """Median time of one run within a CUDA graph of many."""
-    side = torch.cuda.Stream()
+    stream: Any = torch.cuda.Stream  # has no types
+    side = stream()
     with torch.cuda.stream(side):
         for _ in range(3):
             way()
@@ -232,9 +234,10 @@ def _microseconds(way: Callable[[], object]) -> float:
 
 def _median(run: Callable[[], object]) -> float:
     """Median microseconds of a run, by events."""
-    times = []
+    event: Any = torch.cuda.Event  # has no types
+    times: list[float] = []
     for _ in range(_REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (event(enable_timing=True) for _ in range(2))
         start.record()
         run()
         end.record()

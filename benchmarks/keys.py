@@ -58,7 +58,8 @@ def crops_of(protector: Protector, folder: Path, count: int) -> NDArray[np.float
 def psnr(images: NDArray[np.float32], crops: NDArray[np.float32]) -> NDArray[np.float64]:
     """Of each of [N, 3, S, S] in [-1, 1], in dB."""
     error = np.mean((images.astype(np.float64) - crops) ** 2, axis=(1, 2, 3))
-    return 10 * np.log10(4 / error)
+    decibels: NDArray[np.float64] = 10 * np.log10(4 / error)
+    return decibels
 
 
 def losses(protector: Protector, crops: NDArray[np.float32]) -> Iterator[str]:
@@ -112,7 +113,7 @@ def sealed_bytes(
     return len(key.seal_bytes(recipients=[generate_identity()[0]]))
 
 
-def sizes(protector: Protector) -> list[str]:
+def sizes(protector: Protector) -> Iterator[str]:
     """Rows of the second table."""
     d = protector.bundle.dimensions
     yield "| shapes of | latents | key-I | 1 face | 2 faces | 6 faces |\n|---|---|---|---|---|---|"

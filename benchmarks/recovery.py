@@ -49,7 +49,8 @@ def across(
 
 def _psnr(one: _F32, other: _F32) -> NDArray[np.float64]:
     error = np.mean(np.square(one - other, dtype=np.float64), axis=(1, 2, 3))
-    return -10 * np.log10(np.maximum(error, 1e-30) / 4)
+    decibels: NDArray[np.float64] = -10 * np.log10(np.maximum(error, 1e-30) / 4)
+    return decibels
 
 
 def _crops(bundle: Bundle, photos: Sequence[Path]) -> _F32:

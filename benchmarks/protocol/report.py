@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from benchmarks.protocol.groups import SMALL
@@ -16,7 +17,7 @@ _NAMES = {"anonymize": "anonymized", "hide": "hidden", "recover": "recovered"}
 def as_markdown(report: dict[str, Any]) -> str:
     """Every table that the report has, each under a heading that says what it is."""
     lines = [*_head(report), "", *_speed(report), "", *_looks(report), ""]
-    sections = {
+    sections: dict[str, Callable[[Any], list[str]]] = {
         "verification": _verification,
         "groups": _groups,
         "robustness": _robustness,

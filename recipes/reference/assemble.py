@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,10 +21,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import to_unit
+from common import autoencoder_file, load_autoencoder, load_recognizer, to_unit
 from train_diffusion import Diffusion
 
-from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 LICENCE = "research and evaluation only: trained on faces licensed for non-commercial research"
@@ -69,21 +69,14 @@ def main() -> None:
     )
     args = parser.parse_args()
 
-    def load(name: str) -> dict[str, torch.Tensor]:
-        state: dict[str, torch.Tensor] = torch.load(args.work / name, weights_only=True)
-        return state
-
-    decoder = "decoder.pt" if (args.work / "decoder.pt").exists() else "autoencoder.pt"
-    vae = FaceAutoencoder()
-    vae.load_state_dict(load(decoder))
-    weights = load("recognizer.pt")
-    recognizer = FaceRecognizer(embedding=weights["head.weight"].shape[0])
-    recognizer.load_state_dict(weights)
+    decoder = autoencoder_file(args.work)
+    vae = load_autoencoder(decoder)
+    recognizer = load_recognizer(args.work)
     diffusion = Diffusion()
     # Whichever is newer: a finished network, or the checkpoint of training that went on from it.
     files = [p for p in args.work.glob("diffusion.*") if p.suffix in {".pt", ".ckpt"}]
     newest = max(files, key=lambda p: p.stat().st_mtime)
-    state = load(newest.name)
+    state: dict[str, Any] = torch.load(newest, weights_only=True)
     diffusion.load_state_dict(state["average"] if newest.suffix == ".ckpt" else state)
 
     write_part(args.out / "autoencoder", vae)
@@ -104,7 +97,7 @@ def main() -> None:
         "thresholds": thresholds(recognizer.eval(), args.work / "heldout"),
         "provenance": {
             "recipe": "recipes/reference",
-            "autoencoder": decoder,
+            "autoencoder": decoder.name,
             "data": "aligned faces of UTKFace and CelebA; held-out people excluded",
             "teacher": "MobileFace V2 (MIT) for the recognizer",
         },

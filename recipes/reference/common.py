@@ -1,27 +1,87 @@
-"""What the training scripts of this recipe share: data, schedule, averaging, checkpoints."""
+"""What the training scripts of this recipe share: data, networks, schedule, checkpoints."""
 
 from __future__ import annotations
 
+import argparse
 import copy
 import math
 import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
+from diffveil_export.reference.autoencoder import FaceAutoencoder
+from diffveil_export.reference.recognizer import FaceRecognizer
+
 CROP = 128
 CENTER = 16  # offset of the central 128×128 crop in a 160×160 face
+
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def training_arguments(
+    description: str, *, minutes: float, batch: int, rate: float
+) -> argparse.ArgumentParser:
+    """A parser with what every training script is told, and these defaults.
+
+    Args:
+        description: The script's docstring, of which the first line is shown.
+        minutes: Budget of `Clock`.
+        batch: Faces a step.
+        rate: Highest learning rate.
+    """
+    parser = argparse.ArgumentParser(description=description.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
+    parser.add_argument("--minutes", type=float, default=minutes)
+    parser.add_argument("--batch", type=int, default=batch)
+    parser.add_argument("--rate", type=float, default=rate)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser
 
 
 def load_faces(work: Path) -> np.ndarray:
     """Training faces, uint8 [N, 160, 160, 3] RGB, memory-mapped."""
-    return np.load(work / "train.npy", mmap_mode="r")
+    faces: np.ndarray = np.load(work / "train.npy", mmap_mode="r")
+    return faces
+
+
+def load_weights(file: Path) -> dict[str, torch.Tensor]:
+    """Weights that a script left; nothing is unpickled."""
+    weights: dict[str, torch.Tensor] = torch.load(file, weights_only=True)
+    return weights
+
+
+def autoencoder_file(work: Path) -> Path:
+    """Weights of the autoencoder with the sharpened decoder, or as it was where there is none."""
+    sharpened = work / "decoder.pt"
+    return sharpened if sharpened.exists() else work / "autoencoder.pt"
+
+
+def load_autoencoder(file: Path) -> FaceAutoencoder:
+    """The autoencoder, on the CPU and ready to be trained."""
+    network = FaceAutoencoder()
+    network.load_state_dict(load_weights(file))
+    return network
+
+
+def load_recognizer(work: Path) -> FaceRecognizer:
+    """The recognizer, on the CPU and ready to be trained."""
+    weights = load_weights(work / "recognizer.pt")
+    network = FaceRecognizer(embedding=weights["head.weight"].shape[0])
+    network.load_state_dict(weights)
+    return network
+
+
+def place(network: _Network, device: str) -> _Network:
+    """The network itself, moved to a device with its weights channels last."""
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return network
 
 
 def to_unit(batch: np.ndarray) -> torch.Tensor:
@@ -46,15 +106,15 @@ def batches(
             yield rows, to_unit(crops)
 
 
-class Average:
+class Average(Generic[_Network]):
     """Exponential moving average of a network's parameters and buffers."""
 
-    def __init__(self, network: nn.Module, decay: float = 0.999) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+    def __init__(self, network: _Network, decay: float = 0.999) -> None:
+        self.network: _Network = copy.deepcopy(network).eval().requires_grad_(False)
         self.decay = decay
 
     @torch.no_grad()
-    def update(self, network: nn.Module, step: int) -> None:
+    def update(self, network: _Network, step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))
         mine, theirs = self.network.state_dict(), network.state_dict()
         floating = [k for k in mine if mine[k].is_floating_point()]

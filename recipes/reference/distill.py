@@ -18,7 +18,6 @@ faces: photo, round trip, the teacher's four steps, the student's four and two.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -35,11 +34,16 @@ from common import (
     Average,
     Clock,
     Run,
+    autoencoder_file,
     backward,
     held_out,
+    load_autoencoder,
     load_faces,
+    load_weights,
     mixed_precision,
+    place,
     save_sheet,
+    training_arguments,
 )
 from train_diffusion import (
     UNET,
@@ -47,6 +51,7 @@ from train_diffusion import (
     crop,
     encode_all,
     face_weight,
+    load_diffusion,
     signal_levels,
 )
 
@@ -56,7 +61,6 @@ from diffveil_export.models.low_rank import (
     low_rank_parameters,
     low_rank_state,
 )
-from diffveil_export.reference.autoencoder import FaceAutoencoder
 
 STRIDE = 40  # timesteps that the teacher leads down
 NODES = (199, 399, 599, 799)  # where four steps from strength 0.8 evaluate the student
@@ -136,32 +140,22 @@ def sample(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=16)
+    parser = training_arguments(__doc__, minutes=60, batch=16, rate=1e-3)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1e-3)
     parser.add_argument("--adversarial", type=float, default=1.0)
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = args.device
 
     faces = load_faces(args.work)
-    vae = FaceAutoencoder().to(device).eval().requires_grad_(False)
-    vae.load_state_dict(torch.load(args.work / "autoencoder.pt", weights_only=True))
+    vae = load_autoencoder(args.work / "autoencoder.pt").to(device).eval().requires_grad_(False)
     latents, offsets = encode_all(faces, args.work, vae, device)
-    if (args.work / "decoder.pt").exists():
-        vae.load_state_dict(torch.load(args.work / "decoder.pt", weights_only=True))
+    vae.load_state_dict(load_weights(autoencoder_file(args.work)))
     levels, weight = Levels(device), face_weight().to(device)
     rng = np.random.default_rng(time.time_ns())
 
     def load() -> Diffusion:
-        network = Diffusion().to(device, memory_format=torch.channels_last)
-        state = torch.load(args.work / "diffusion.pt", weights_only=True)
-        network.load_state_dict(state)
-        return network.eval().requires_grad_(False)
+        return place(load_diffusion(args.work).eval().requires_grad_(False), device)
 
     teacher, student = load(), load().unet
     finished = args.work / "few.safetensors"
@@ -171,7 +165,7 @@ def main() -> None:
         add_low_rank(student, args.rank)
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.998)
-    critic = Critic().to(device, memory_format=torch.channels_last)
+    critic = place(Critic(), device)
     optimizer = torch.optim.AdamW(factors, betas=(0.5, 0.99), weight_decay=1e-3)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
     parts = {
@@ -286,7 +280,7 @@ def main() -> None:
             known = look(teacher.unet, a * other + s * torch.randn_like(other), at, blank)
         with mixed_precision(device):
             real, false = critic(known), critic([f.detach() for f in seen])
-        hinge = sum(
+        hinge: Any = sum(
             F.relu(1 - r.float()).mean() + F.relu(1 + f.float()).mean()
             for r, f in zip(real, false, strict=True)
         )

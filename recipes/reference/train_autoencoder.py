@@ -7,7 +7,6 @@ Resumes from its last checkpoint; `autoencoder.pt` holds the averaged network.
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -26,8 +25,10 @@ from common import (
     held_out,
     load_faces,
     mixed_precision,
+    place,
     psnr,
     save_checkpoint,
+    training_arguments,
 )
 
 from diffveil_export.reference.autoencoder import FaceAutoencoder
@@ -49,18 +50,13 @@ def loss_of(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
-    parser.add_argument("--minutes", type=float, default=34)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=6e-4)
+    parser = training_arguments(__doc__, minutes=34, batch=16, rate=6e-4)
     parser.add_argument("--kl", type=float, default=5e-4)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     faces = load_faces(args.work)
     rng = np.random.default_rng(time.time_ns())
-    network = FaceAutoencoder().to(args.device, memory_format=torch.channels_last)
+    network = place(FaceAutoencoder(), args.device)
     average = Average(network)
     optimizer = adamw(network, 1e-3)
     parts = {"network": network, "average": average.network, "optimizer": optimizer}

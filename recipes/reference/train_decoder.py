@@ -12,7 +12,6 @@ whole autoencoder, its encoder untouched.
 
 from __future__ import annotations
 
-import argparse
 import copy
 import sys
 import time
@@ -31,15 +30,18 @@ from common import (
     adamw,
     backward,
     held_out,
+    load_autoencoder,
     load_faces,
+    load_recognizer,
     mixed_precision,
+    place,
     psnr,
     save_checkpoint,
     save_sheet,
+    training_arguments,
 )
-from train_diffusion import Diffusion, crop, encode_all, signal_levels
+from train_diffusion import Diffusion, crop, encode_all, load_diffusion, signal_levels
 
-from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 
@@ -114,33 +116,20 @@ def retell(network: Diffusion, latent: torch.Tensor, top: int, steps: int = 3) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
-    parser.add_argument("--minutes", type=float, default=20)
-    parser.add_argument("--batch", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=2e-4)
+    parser = training_arguments(__doc__, minutes=20, batch=16, rate=2e-4)
     parser.add_argument("--adversarial", type=float, default=0.02)
     parser.add_argument("--perceptual", type=float, default=0.15)
     parser.add_argument("--top", type=int, default=450, help="highest timestep of retold latents")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = args.device
 
     faces = load_faces(args.work)
-    vae = FaceAutoencoder().to(device, memory_format=torch.channels_last)
-    vae.load_state_dict(torch.load(args.work / "autoencoder.pt", weights_only=True))
+    vae = place(load_autoencoder(args.work / "autoencoder.pt"), device)
     vae.encoder.requires_grad_(False)
     latents, offsets = encode_all(faces, args.work, vae, device)
-    weights = torch.load(args.work / "recognizer.pt", weights_only=True)
-    recognizer = FaceRecognizer(embedding=weights["head.weight"].shape[0])
-    recognizer.load_state_dict(weights)
-    recognizer = (
-        recognizer.fuse().requires_grad_(False).to(device, memory_format=torch.channels_last)
-    )
-
-    diffusion = Diffusion().to(device).eval().requires_grad_(False)
-    diffusion.load_state_dict(torch.load(args.work / "diffusion.pt", weights_only=True))
-    critic = Critic().to(device, memory_format=torch.channels_last)
+    recognizer = place(load_recognizer(args.work).fuse().requires_grad_(False), device)
+    diffusion = load_diffusion(args.work).to(device).eval().requires_grad_(False)
+    critic = place(Critic(), device)
     vae_before = copy.deepcopy(vae).eval().requires_grad_(False)
     average = Average(vae, 0.998)
     decoder_optimizer = adamw(vae.decoder, 1e-3, beta=0.5)

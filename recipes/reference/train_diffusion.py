@@ -8,10 +8,10 @@ networks, `samples-*.png` show held-out faces: photo, autoencoder round trip, re
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,17 +28,21 @@ from common import (
     adamw,
     backward,
     held_out,
+    load_autoencoder,
     load_faces,
+    load_weights,
     mixed_precision,
+    place,
     save_checkpoint,
     save_sheet,
     to_unit,
+    training_arguments,
 )
 
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.conditioner import Conditioner
 
-UNET = {
+UNET: dict[str, Any] = {
     "sample_size": 16,
     "in_channels": 8,
     "out_channels": 8,
@@ -72,7 +76,8 @@ class Diffusion(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.unet = UNet2DConditionModel(**UNET)
+        unet_class: Any = UNet2DConditionModel  # has no types
+        self.unet: Any = unet_class(**UNET)
         self.conditioner = Conditioner()
 
     def forward(
@@ -95,6 +100,13 @@ class Diffusion(nn.Module):
             noisy, t, self.conditioner.expand(token), return_dict=False
         )[0]
         return epsilon
+
+
+def load_diffusion(work: Path) -> Diffusion:
+    """The trained networks, on the CPU."""
+    networks = Diffusion()
+    networks.load_state_dict(load_weights(work / "diffusion.pt"))
+    return networks
 
 
 def crop(
@@ -164,30 +176,24 @@ def resample(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
-    parser.add_argument("--minutes", type=float, default=70)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=6e-4)
+    parser = training_arguments(__doc__, minutes=70, batch=32, rate=6e-4)
     parser.add_argument("--guess", type=float, default=0.05, help="weight of the tokens' own loss")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = args.device
 
     faces = load_faces(args.work)
-    vae = (
-        FaceAutoencoder().to(device, memory_format=torch.channels_last).eval().requires_grad_(False)
-    )
-    vae.load_state_dict(torch.load(args.work / "autoencoder.pt", weights_only=True))
+    vae = place(load_autoencoder(args.work / "autoencoder.pt"), device)
+    vae.eval().requires_grad_(False)
     latents, offsets = encode_all(faces, args.work, vae, device)
     rng = np.random.default_rng(time.time_ns())
     levels, weight = signal_levels().to(device), face_weight().to(device)
 
-    network = Diffusion().to(device, memory_format=torch.channels_last)
+    network = place(Diffusion(), device)
     average = Average(network, 0.9992)
     # For training only: a token from which the latent can be guessed is worth attending to.
-    guesser = nn.Linear(network.conditioner.config["width"], latents[0, 0].size).to(device)
+    width: Any = network.conditioner.config["width"]
+    guesser = nn.Linear(width, latents[0, 0].size).to(device)
     trained = nn.ModuleList([network, guesser])
     optimizer = adamw(trained, 1e-2)
     parts = {

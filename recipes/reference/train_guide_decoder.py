@@ -11,7 +11,6 @@ the diffusion model's estimates, not about photos. Writes the folder `guide-deco
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
@@ -27,41 +26,33 @@ from common import (
     Clock,
     Run,
     adamw,
+    autoencoder_file,
     backward,
     held_out,
+    load_autoencoder,
+    load_recognizer,
     mixed_precision,
+    place,
     psnr,
     save_sheet,
+    training_arguments,
 )
 
-from diffveil_export.reference.autoencoder import FaceAutoencoder, FaceDecoder
-from diffveil_export.reference.recognizer import FaceRecognizer
+from diffveil_export.reference.autoencoder import FaceDecoder
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
-    parser.add_argument("--minutes", type=float, default=12)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--rate", type=float, default=2e-3)
+    parser = training_arguments(__doc__, minutes=12, batch=32, rate=2e-3)
     parser.add_argument("--noise", type=float, default=0.4, help="most that latents are noised by")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = args.device
 
-    real = FaceAutoencoder().to(device, memory_format=torch.channels_last)
-    sharpened = args.work / "decoder.pt"
-    weights = sharpened if sharpened.exists() else args.work / "autoencoder.pt"
-    real.load_state_dict(torch.load(weights, weights_only=True))
+    real = place(load_autoencoder(autoencoder_file(args.work)), device)
     real.eval().requires_grad_(False)
-    weights = torch.load(args.work / "recognizer.pt", weights_only=True)
-    recognizer = FaceRecognizer(embedding=weights["head.weight"].shape[0])
-    recognizer.load_state_dict(weights)
-    recognizer = recognizer.fuse().requires_grad_(False)
-    recognizer.to(device, memory_format=torch.channels_last)
+    recognizer = place(load_recognizer(args.work).fuse().requires_grad_(False), device)
 
     latents = np.load(args.work / "latents.npy", mmap_mode="r")  # [N, 2 flips, C, s, s]
-    network = FaceDecoder().to(device, memory_format=torch.channels_last)
+    network = place(FaceDecoder(), device)
     average = Average(network)
     optimizer = adamw(network, 1e-4)
     parts = {"network": network, "average": average.network, "optimizer": optimizer}

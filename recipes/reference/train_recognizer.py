@@ -10,10 +10,10 @@ Its targets (mean over a face and its mirror image) are computed once and kept i
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,8 +29,10 @@ from common import (
     backward,
     load_faces,
     mixed_precision,
+    place,
     save_checkpoint,
     to_unit,
+    training_arguments,
 )
 
 from diffveil_export.reference.recognizer import FaceRecognizer
@@ -41,7 +43,8 @@ def teacher_targets(faces: np.ndarray, teacher: Path, work: Path, device: str) -
     path = work / "teacher.npy"
     if path.exists():
         return torch.from_numpy(np.load(path))
-    network = torch.jit.freeze(torch.jit.load(teacher, map_location=device).eval())
+    load: Any = torch.jit.load  # has no types
+    network = torch.jit.freeze(load(teacher, map_location=device).eval())
     rows = []
     started = time.monotonic()
     with torch.no_grad(), mixed_precision(device):
@@ -88,21 +91,15 @@ def augment(image: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
+    parser = training_arguments(__doc__, minutes=15, batch=64, rate=2e-3)
     parser.add_argument("--teacher", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=15)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rate", type=float, default=2e-3)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
 
     faces = load_faces(args.work)
     targets = teacher_targets(faces, args.teacher, args.work, args.device)
     rng = np.random.default_rng(time.time_ns())
     generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-    network = FaceRecognizer(embedding=targets.shape[1])
-    network = network.to(args.device, memory_format=torch.channels_last)
+    network = place(FaceRecognizer(embedding=targets.shape[1]), args.device)
     average = Average(network, 0.998)
     optimizer = adamw(network, 2e-2)
     parts = {"network": network, "average": average.network, "optimizer": optimizer}
