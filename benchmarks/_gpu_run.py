@@ -216,7 +216,7 @@ class GpuRun:
         if before is not None and now is not None:
             add("memory", "MiB", [max(0, now - before) / 2**20], **config)
 
-    def _keep_kernel(self, record: kernels.Record) -> None:
+    def _keep_kernel(self, record: dict[str, Any]) -> None:
         case, detail = f"kernel/{record['case']}", {"bytes": record["bytes"]}
         if not record["correct"]:
             why = f"WRONG by {record['difference']}"

@@ -19,7 +19,6 @@ Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-r
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from dataclasses import dataclass
@@ -37,15 +36,21 @@ from common import (
     Average,
     Clock,
     Run,
+    autoencoder_file,
     backward,
     held_out,
+    load_autoencoder,
     load_faces,
+    load_recognizer,
+    load_weights,
     mixed_precision,
+    place,
     save_sheet,
+    training_arguments,
 )
 from distill import unit
 from train_decoder import Critic as PixelCritic
-from train_diffusion import Diffusion, crop, encode_all
+from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
@@ -61,7 +66,6 @@ from diffveil_export.models.low_rank import (
     low_rank_parameters,
     low_rank_state,
 )
-from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 FEATURES = {3: 96, 7: 192, 10: 256}  # layers of the recognizer that the critic reads: channels
@@ -187,7 +191,8 @@ class Sampler:
         """The clean latent that `unet` predicts in x at a step; unguided."""
         t = torch.full((len(x),), step.timestep, device=x.device)
         epsilon = unet(x, t, self.conditions(faces, plan, step.timestep), return_dict=False)[0]
-        return step.x0_x * x + step.x0_eps * epsilon.float()
+        clean: torch.Tensor = step.x0_x * x + step.x0_eps * epsilon.float()
+        return clean
 
     def nudge(self, guidance: IdentityGuidance, step: Step, x0: torch.Tensor) -> torch.Tensor:
         """What guidance adds to a predicted clean latent."""
@@ -202,17 +207,13 @@ class Sampler:
         mask = torch.from_numpy(self.latent_mask).to(latent.device)
         whole = faces.latent + mask * (latent - faces.latent)
         face = decode(whole.to(memory_format=torch.channels_last)).float()
-        return faces.image + self.pixel_mask * (face.clamp(-1.1, 1.1) - faces.image)
+        pasted: torch.Tensor = faces.image + self.pixel_mask * (face.clamp(-1.1, 1.1) - faces.image)
+        return pasted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
+    parser = training_arguments(__doc__, minutes=60, batch=12, rate=1.5e-3)
     parser.add_argument("--bundle", default="runtime/diffveil/bundles/reference-128")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--batch", type=int, default=12)
-    parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rate", type=float, default=1.5e-3)
     parser.add_argument("--few-scale", type=float, default=0.4, help="share of distill.py's change")
     parser.add_argument("--hold", type=float, default=0.2, help="weight of the ordinary prediction")
     parser.add_argument("--adversarial", type=float, default=1.0)
@@ -220,28 +221,21 @@ def main() -> None:
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer that also must not")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     device = args.device
 
     data = load_faces(args.work)
-    vae = FaceAutoencoder().to(device, memory_format=torch.channels_last)
-    vae.eval().requires_grad_(False)
-    vae.load_state_dict(torch.load(args.work / "autoencoder.pt", weights_only=True))
+    vae = place(load_autoencoder(args.work / "autoencoder.pt").eval(), device)
+    vae.requires_grad_(False)
     latents, offsets = encode_all(data, args.work, vae, device)
-    if (args.work / "decoder.pt").exists():
-        vae.load_state_dict(torch.load(args.work / "decoder.pt", weights_only=True))
-    weights = torch.load(args.work / "recognizer.pt", weights_only=True)
-    recognizer = FaceRecognizer(embedding=weights["head.weight"].shape[0])
-    recognizer.load_state_dict(weights)
-    recognizer = recognizer.fuse().requires_grad_(False)
-    recognizer.to(device, memory_format=torch.channels_last)
-    outsider = torch.jit.load(args.teacher).eval().to(device) if args.teacher else None
+    vae.load_state_dict(load_weights(autoencoder_file(args.work)))
+    recognizer = place(load_recognizer(args.work).fuse().requires_grad_(False), device)
+    outsider: Any = None
+    if args.teacher:
+        outsider = torch.jit.load(args.teacher).eval().to(device)  # type: ignore[no-untyped-call]
 
     def load() -> Diffusion:
-        network = Diffusion().to(device, memory_format=torch.channels_last)
-        network.load_state_dict(torch.load(args.work / "diffusion.pt", weights_only=True))
-        return network.eval().requires_grad_(False)
+        return place(load_diffusion(args.work).eval().requires_grad_(False), device)
 
     ordinary, student, before = load(), load().unet, load().unet
     change = load_file(args.work / "few.safetensors")
@@ -258,7 +252,7 @@ def main() -> None:
     for factor in factors:
         factor.requires_grad_(True)
     average = Average(student, 0.997)
-    critic = Critic().to(device, memory_format=torch.channels_last)
+    critic = place(Critic(), device)
     optimizer = torch.optim.AdamW(factors, betas=(0.0, 0.99), weight_decay=1e-3)
     critic_optimizer = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
     parts = {
@@ -312,7 +306,7 @@ def main() -> None:
         save_sheet(args.work / f"stranger-{run_.step:06d}.png", rows)
 
     def outside(image: torch.Tensor) -> torch.Tensor:
-        return F.normalize((outsider(127.5 * (image[:, :, 8:120, 8:120] + 1))).float(), dim=1)  # type: ignore[misc]
+        return F.normalize((outsider(127.5 * (image[:, :, 8:120, 8:120] + 1))).float(), dim=1)
 
     figures: dict[str, list[float]] = {}
     while run_.begin_step(optimizer, critic_optimizer):
