@@ -124,6 +124,9 @@ def export_bundle(
             facts[spec.name] = ProgramFacts(data, precision=precision, loss_scale=scale, cost=cost)
         if apart is not None:
             apart.close()
+            if not apart.path.stat().st_size:  # the very weights of `denoise`
+                apart.path.unlink()
+                facts["denoise_few"] = replace(facts["denoise_few"], data=(WEIGHTS_FILE,))
         write_source(folder, components, store, apart)
         if components.card:
             (folder / MODEL_CARD_FILE).write_text(components.card, encoding="utf-8")

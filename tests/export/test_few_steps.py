@@ -113,6 +113,24 @@ def test_a_few_step_model_shares_its_teachers_parameters(components: Components)
     assert shared == own
 
 
+def test_a_few_step_model_that_changes_nothing_has_no_file_of_its_own(
+    components: Components, tmp_path: Path
+) -> None:
+    shared: dict[int, Any] = {id(p): p for p in components.modules()["unet"].parameters()}
+    same = replace(components, few=copy.deepcopy(components.unet, shared))
+    bundle = export_bundle(same, tmp_path / "bundle").bundle
+    assert FEW_STEPS_FILE not in bundle.manifest.files
+    assert not (bundle.path / FEW_STEPS_FILE).exists()
+    backend, rng = ONNXRuntimeCPU(threads=1), np.random.default_rng(0)
+    inputs = {
+        "latent": rng.standard_normal((2, 8, 4, 4), np.float32),
+        "timestep": np.array([3, 700]),
+        "conditioning": rng.standard_normal((2, *bundle.unconditional.shape[1:]), np.float32),
+    }
+    ours, plain = (backend.load(bundle, n).run(**inputs) for n in ("denoise_few", "denoise"))
+    np.testing.assert_array_equal(ours["epsilon"], plain["epsilon"])
+
+
 def test_states_that_do_not_fit_are_refused() -> None:
     _, unet, _, _ = tiny_networks(1)
     state = few_state(unet, 0)
