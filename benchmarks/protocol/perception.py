@@ -67,21 +67,24 @@ def _gradient(pixels: Pixels) -> NDArray[np.float64]:
     return magnitude
 
 
+def _ssim(a: Pixels, b: Pixels) -> float:
+    from skimage import metrics
+
+    similarity: Any = metrics.structural_similarity  # has no types
+    return float(similarity(a, b, channel_axis=2))
+
+
 def likeness(portraits: list[Portrait], operation: str) -> dict[str, float]:
     """Mean PSNR in dB, SSIM and GMSD of the ArcFace crops to the originals'.
 
     SSIM is Wang et al. 2004 with scikit-image's 7×7 windows, of all three channels.
     """
-    from skimage import metrics
-
-    similarity: Any = metrics.structural_similarity  # has no types
-
     rows = []
     for portrait in portraits:
         a = portrait.crop("original", ARCFACE_TEMPLATE, 112)
         b = portrait.crop(operation, ARCFACE_TEMPLATE, 112)
         # Equal crops have no PSNR: 100 dB is beyond what 8 bits can show.
-        ssim = float(similarity(a, b, channel_axis=2))
+        ssim = _ssim(a, b)
         rows.append((min(psnr(a, b), 100.0), ssim, gmsd(a, b)))
     mean = np.mean(rows, axis=0)
     return {"psnr": float(mean[0]), "ssim": float(mean[1]), "gmsd": float(mean[2])}
@@ -93,10 +96,6 @@ def yardsticks(portraits: list[Portrait]) -> dict[str, float]:
     The pixels that protection replaces are taken from another person's aligned face, or are grey;
     around them stays the photo, as everywhere.
     """
-    from skimage import metrics
-
-    similarity: Any = metrics.structural_similarity  # has no types
-
     mask = face_mask(112, ARCFACE_TEMPLATE)[..., None]
     crops = [p.crop("original", ARCFACE_TEMPLATE, 112) for p in portraits]
     rows = []
@@ -104,7 +103,7 @@ def yardsticks(portraits: list[Portrait]) -> dict[str, float]:
         row = []
         for fill in (crops[other].astype(np.float64), np.full(crop.shape, 128.0)):
             replaced = np.rint(crop + mask * (fill - crop)).astype(np.uint8)
-            row.append(float(similarity(crop, replaced, channel_axis=2)))
+            row.append(_ssim(crop, replaced))
         rows.append(row)
     mean = np.mean(rows, axis=0)
     return {"another_person": float(mean[0]), "grey": float(mean[1])}

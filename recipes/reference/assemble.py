@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import autoencoder_file, load_autoencoder, load_recognizer, to_unit
+from common import autoencoder_file, load_autoencoder, load_change, load_recognizer, to_unit
 from train_diffusion import Diffusion
 
 from diffveil_export.reference.recognizer import FaceRecognizer
@@ -84,12 +84,9 @@ def main() -> None:
     write_part(args.out / "conditioner", diffusion.conditioner)
     diffusion.unet.save_pretrained(args.out / "unet")
     if (args.work / "stranger.safetensors").exists():
-        save_file(load_file(args.work / "stranger.safetensors"), args.out / "few.safetensors")
+        save_file(load_change(args.work / "stranger.safetensors"), args.out / "few.safetensors")
     elif (args.work / "few.safetensors").exists():
-        change = load_file(args.work / "few.safetensors")
-        for name in change:
-            if name.endswith(".up.weight"):
-                change[name] *= args.few_scale
+        change = load_change(args.work / "few.safetensors", args.few_scale)
         save_file(change, args.out / "few.safetensors")
     facts = {
         "name": "reference-128",

@@ -14,8 +14,10 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffveil_export.models.low_rank import low_rank_state
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.recognizer import FaceRecognizer
 
@@ -76,6 +78,19 @@ def load_recognizer(work: Path) -> FaceRecognizer:
     network = FaceRecognizer(embedding=weights["head.weight"].shape[0])
     network.load_state_dict(weights)
     return network
+
+
+def load_change(file: Path, share: float = 1.0) -> dict[str, torch.Tensor]:
+    """A low-rank change to the UNet that a script left, at a share of its strength."""
+    change: dict[str, torch.Tensor] = load_file(file)
+    return {k: share * v if k.endswith(".up.weight") else v for k, v in change.items()}
+
+
+def save_change(file: Path, network: nn.Module) -> None:
+    """Write a network's low-rank change so that a killed run leaves the previous one whole."""
+    partial = file.with_suffix(".partial")
+    save_file({k: v.contiguous() for k, v in low_rank_state(network).items()}, partial)
+    os.replace(partial, file)
 
 
 def place(network: _Network, device: str) -> _Network:

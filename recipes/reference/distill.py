@@ -25,7 +25,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -38,10 +37,12 @@ from common import (
     backward,
     held_out,
     load_autoencoder,
+    load_change,
     load_faces,
     load_weights,
     mixed_precision,
     place,
+    save_change,
     save_sheet,
     training_arguments,
 )
@@ -59,7 +60,6 @@ from diffveil_export.models.low_rank import (
     add_low_rank,
     load_low_rank,
     low_rank_parameters,
-    low_rank_state,
 )
 
 STRIDE = 40  # timesteps that the teacher leads down
@@ -160,7 +160,7 @@ def main() -> None:
     teacher, student = load(), load().unet
     finished = args.work / "few.safetensors"
     if finished.exists():  # gone on from, as other scripts do from `.pt` files
-        load_low_rank(student, load_file(finished))
+        load_low_rank(student, load_change(finished))
     else:
         add_low_rank(student, args.rank)
     factors = nn.ParameterList(low_rank_parameters(student))
@@ -185,10 +185,7 @@ def main() -> None:
 
     def save() -> None:
         run.save()
-        state = {k: v.contiguous() for k, v in low_rank_state(average.network).items()}
-        partial = args.work / "few.partial"
-        save_file(state, partial)
-        partial.replace(finished)
+        save_change(finished, average.network)
         with torch.no_grad():
             tokens, latent = teacher.conditioner.embed(probe), vae.encode(probe)
 

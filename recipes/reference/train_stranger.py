@@ -27,7 +27,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -40,11 +39,13 @@ from common import (
     backward,
     held_out,
     load_autoencoder,
+    load_change,
     load_faces,
     load_recognizer,
     load_weights,
     mixed_precision,
     place,
+    save_change,
     save_sheet,
     training_arguments,
 )
@@ -64,7 +65,6 @@ from diffveil.sampling import add_noise, run
 from diffveil_export.models.low_rank import (
     load_low_rank,
     low_rank_parameters,
-    low_rank_state,
 )
 from diffveil_export.reference.recognizer import FaceRecognizer
 
@@ -202,12 +202,14 @@ class Sampler:
         direction = guidance(x0.detach().cpu().numpy(), step)
         return torch.from_numpy(-reach * direction).float().to(x0.device)
 
-    def pasted(self, decode: Any, faces: Faces, latent: torch.Tensor) -> torch.Tensor:
-        """Decoded faces within their photos, [B, 3, S, S]; the background latent is the photo's."""
+    def pasted(
+        self, decode: Any, image: torch.Tensor, clean: torch.Tensor, latent: torch.Tensor
+    ) -> torch.Tensor:
+        """Decoded faces [B, 3, S, S] within their photos; around them the photos' clean latents."""
         mask = torch.from_numpy(self.latent_mask).to(latent.device)
-        whole = faces.latent + mask * (latent - faces.latent)
+        whole = clean + mask * (latent - clean)
         face = decode(whole.to(memory_format=torch.channels_last)).float()
-        pasted: torch.Tensor = faces.image + self.pixel_mask * (face.clamp(-1.1, 1.1) - faces.image)
+        pasted: torch.Tensor = image + self.pixel_mask * (face.clamp(-1.1, 1.1) - image)
         return pasted
 
 
@@ -238,19 +240,11 @@ def main() -> None:
         return place(load_diffusion(args.work).eval().requires_grad_(False), device)
 
     ordinary, student, before = load(), load().unet, load().unet
-    change = load_file(args.work / "few.safetensors")
+    change = load_change(args.work / "few.safetensors", args.few_scale)
     finished = args.work / "stranger.safetensors"
-    for name in change:
-        if name.endswith(".up.weight"):
-            change[name] *= args.few_scale
     load_low_rank(before, change)
-    if finished.exists():
-        load_low_rank(student, load_file(finished))
-    else:
-        load_low_rank(student, change)
+    load_low_rank(student, load_change(finished) if finished.exists() else change)
     factors = nn.ParameterList(low_rank_parameters(student))
-    for factor in factors:
-        factor.requires_grad_(True)
     average = Average(student, 0.997)
     critic = place(Critic(), device)
     optimizer = torch.optim.AdamW(factors, betas=(0.0, 0.99), weight_decay=1e-3)
@@ -290,10 +284,7 @@ def main() -> None:
 
     def save() -> None:
         run_.save()
-        state = {k: v.contiguous() for k, v in low_rank_state(average.network).items()}
-        partial = args.work / "stranger.partial"
-        save_file(state, partial)
-        partial.replace(finished)
+        save_change(finished, average.network)
         rows = [probe]
         with torch.no_grad():
             faces = faces_of(probe, vae.encode(probe))
@@ -302,7 +293,7 @@ def main() -> None:
                 for unet in (before, average.network):
                     same = np.random.default_rng(0)
                     x = sampler.until(unet, faces, plan, table, guidance, len(table.steps), same)
-                    rows.append(sampler.pasted(vae.decode, faces, x))
+                    rows.append(sampler.pasted(vae.decode, probe, faces.latent, x))
         save_sheet(args.work / f"stranger-{run_.step:06d}.png", rows)
 
     def outside(image: torch.Tensor) -> torch.Tensor:
@@ -317,7 +308,6 @@ def main() -> None:
         order = torch.from_numpy(rng.permutation(2 * args.batch)).to(device)
         mine, others = order[: args.batch], order[args.batch :]
         faces = faces_of(images[mine], both[mine])
-        known = faces_of(images[others], both[others])
         which = int(rng.random() < 0.35)
         plan, table = plans[which], tables[which]
         stop = int(rng.integers(len(table.steps)))
@@ -333,7 +323,7 @@ def main() -> None:
         latent = (predicted.detach() + sampler.nudge(guidance, step, predicted)).requires_grad_()
 
         with mixed_precision(device):
-            image = sampler.pasted(decode, faces, latent)
+            image = sampler.pasted(decode, faces.image, faces.latent, latent)
         shown = image.detach().requires_grad_()
         with mixed_precision(device):
             scores, embedding = judged(shown)
@@ -364,7 +354,7 @@ def main() -> None:
         average.update(student, run_.step)
 
         with torch.no_grad(), mixed_precision(device):
-            real = sampler.pasted(decode, known, known.latent)
+            real = sampler.pasted(decode, images[others], both[others], both[others])
             both_faces = torch.cat([real, image.detach()])
             features, _ = see(recognizer, both_faces)
         with mixed_precision(device):

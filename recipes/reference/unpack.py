@@ -17,15 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from assemble import write_part
-from common import save_checkpoint
+from common import save_change, save_checkpoint
 
 from diffveil.bundle import Bundle
 from diffveil_export.models.embedded import load_embedded
-from diffveil_export.models.low_rank import low_rank_state
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 
@@ -78,8 +76,7 @@ def main() -> None:
             print(f"wrote {name}")
     few = args.work / "few.safetensors"
     if "few" in modules and not few.exists():
-        state = low_rank_state(modules["few"].get_submodule("unet"))
-        save_file({name: value.contiguous() for name, value in state.items()}, few)
+        save_change(few, modules["few"].get_submodule("unet"))
         print(f"wrote {few.name}")
     narrow = args.work / "guide-decoder"
     if "guide_decoder" in modules and not narrow.exists():

@@ -90,10 +90,17 @@ _HIDE = Plan(
     ),
     spacing="trailing",
 )
+
+
+def _few(plan: Plan) -> Plan:
+    """The plan with the distilled model; as it is on bundles that have none."""
+    return replace(plan, distilled=True, otherwise=plan)
+
+
 _BALANCED = Preset(
     name="balanced",
-    anonymize=replace(_ANONYMIZE, distilled=True, otherwise=_ANONYMIZE),
-    hide=replace(_HIDE, distilled=True, otherwise=_HIDE),
+    anonymize=_few(_ANONYMIZE),
+    hide=_few(_HIDE),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
@@ -101,8 +108,8 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=replace(_QUICKER, distilled=True, otherwise=_QUICKER),
-    hide=replace(_QUICKER_HIDE, distilled=True, otherwise=_QUICKER_HIDE),
+    anonymize=_few(_QUICKER),
+    hide=_few(_QUICKER_HIDE),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
