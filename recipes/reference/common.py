@@ -192,11 +192,11 @@ class Run:
             parts["average"].load_state_dict(state)
 
     def begin_step(self, *optimizers: torch.optim.Optimizer) -> bool:
-        """Set the learning rate; False when the budget is spent."""
+        """Set the learning rates, times a group's "pace"; False when the budget is spent."""
         self.share = self.clock.tick()
         for optimizer in optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.clock.rate(self.share, self.step)
+                group["lr"] = group.get("pace", 1.0) * self.clock.rate(self.share, self.step)
         return self.share < 1
 
     def save(self) -> None:

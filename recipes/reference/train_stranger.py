@@ -4,24 +4,23 @@
 
 Needs `autoencoder.pt`, `diffusion.pt`, `recognizer.pt`, the `latents.npy` that train_diffusion.py
 leaves, and a bundle whose `guide_latent` steers the samples as anonymize will. Goes on from
-`few.safetensors` (distill.py). A batch is sampled as anonymize samples it, up to a step chosen at
-random; there the predicted clean face is judged, pasted into its photo:
+`few.safetensors` (distill.py). A batch is sampled as anonymize or hide samples it, up to a step
+chosen at random; there the predicted clean face is judged, pasted into its photo:
 
-* a critic on pixels and on the frozen recognizer's features tells such faces from real ones, so
-  that features are sharp and fit the head around them;
-* the recognizer must not take the face for the photo's person;
+* critics on pixels, on the frozen recognizer's features and, at noise, on the ordinary model's
+  tell such faces from real ones, so that features are sharp and fit the head around them;
+* the recognizer must not take the face for the photo's person, but must if it is hidden;
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
 Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-rank weights;
-`stranger-*.png`, held-out faces: photo, before, now, each by both presets' steps.
+`stranger-*.png`, held-out faces: photo, then before and now for each plan.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -49,168 +48,29 @@ from common import (
     save_sheet,
     training_arguments,
 )
+from critics import (
+    FEATURES,
+    FaceCritic,
+    LatentCritic,
+    denoiser_features,
+    hinge,
+    look,
+    measure,
+    merit,
+)
 from distill import unit
-from train_decoder import Critic as PixelCritic
-from train_diffusion import Diffusion, crop, encode_all, load_diffusion
+from guided_samples import Faces, Sampler
+from train_diffusion import Diffusion, crop, encode_all, load_diffusion, signal_levels
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
-from diffveil.fused import Background
-from diffveil.guidance import IdentityGuidance
-from diffveil.masks import face_mask, latent_mask
-from diffveil.plans import Plan
 from diffveil.presets import preset
-from diffveil.samplers import SamplerTable, Step
-from diffveil.sampling import add_noise, run
 from diffveil_export.models.low_rank import (
     load_low_rank,
     low_rank_parameters,
 )
-from diffveil_export.reference.recognizer import FaceRecognizer
 
-FEATURES = {3: 96, 7: 192, 10: 256}  # layers of the recognizer that the critic reads: channels
-
-
-class Critic(nn.Module):
-    """Scores faces [B, 3, 128, 128] by their pixels and by a frozen recognizer's features."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.pixels = PixelCritic()
-        norm = nn.utils.parametrizations.spectral_norm
-        self.heads = nn.ModuleList(
-            nn.Sequential(
-                norm(nn.Conv2d(width, 64, 3, padding=1)),
-                nn.LeakyReLU(0.2),
-                norm(nn.Conv2d(64, 64, 3, padding=1)),
-                nn.LeakyReLU(0.2),
-                nn.Conv2d(64, 1, 3, padding=1),
-            )
-            for width in FEATURES.values()
-        )
-
-    def forward(self, image: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Score maps, each [B, 1, h, w]."""
-        scores, _ = self.pixels(image)
-        return [*scores, *(head(f) for head, f in zip(self.heads, features, strict=True))]
-
-
-def look(
-    recognizer: FaceRecognizer, image: torch.Tensor
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Features for the critic, of about unit variance, and embeddings [B, E] of [B, 3, S, S]."""
-    start, stop = recognizer.margin, recognizer.margin + recognizer.size
-    x, features = image[:, :, start:stop, start:stop], []
-    for i, layer in enumerate(recognizer.features):
-        x = layer(x)
-        if i in FEATURES:
-            features.append(unit(x.float()))
-    pooled = (x.flatten(2) * recognizer.pool).sum(2)
-    return features, F.normalize(recognizer.head(pooled).float(), dim=-1)
-
-
-@dataclass(frozen=True)
-class Faces:
-    """A batch on its way: everything that stays the same over the steps."""
-
-    image: torch.Tensor  # [B, 3, S, S] in [-1, 1]
-    latent: torch.Tensor  # [B, C, s, s]
-    tokens: torch.Tensor  # [B, 10, D]
-    identities: torch.Tensor  # [B, E]
-
-
-class Sampler:
-    """anonymize of a preset, with networks that are still in training.
-
-    Args:
-        network: The frozen model, for its conditioner.
-        programs: Programs of the bundle whose `guide_latent` steers.
-        device: Where the networks are.
-    """
-
-    def __init__(self, network: Diffusion, programs: Programs, device: str) -> None:
-        self._network, self._programs, self._device = network, programs, device
-        self.schedule = programs.bundle.manifest.schedule
-        size, template = programs.bundle.image_size, programs.bundle.template
-        mask = face_mask(size, template)
-        self.pixel_mask = torch.from_numpy(mask)[None, None].to(device)
-        small = programs.bundle.dimensions.latent_size
-        self.latent_mask = latent_mask(mask, small)[None, None]
-
-    def conditions(self, faces: Faces, plan: Plan, timestep: int) -> torch.Tensor:
-        """Conditioning [B, T, D] at a timestep."""
-        conditioner = self._network.conditioner
-        if timestep <= plan.conditional_above:
-            return conditioner.unconditional().expand(len(faces.latent), -1, -1)
-        return conditioner.expand(faces.tokens[:, timestep // 100])
-
-    def guidance(self, faces: Faces, plan: Plan) -> IdentityGuidance:
-        """The preset's guidance away from these faces."""
-        return IdentityGuidance(self._programs, plan.guidance, faces.identities.cpu().numpy())
-
-    @torch.no_grad()
-    def until(
-        self,
-        unet: Any,
-        faces: Faces,
-        plan: Plan,
-        table: SamplerTable,
-        guidance: IdentityGuidance,
-        stop: int,
-        rng: np.random.Generator,
-    ) -> torch.Tensor:
-        """Latents [B, C, s, s] before step `stop` of the table, sampled by `unet`."""
-        clean = faces.latent.cpu().numpy()
-        noise = rng.standard_normal(clean.shape, np.float32)
-        x = add_noise(self.schedule, clean, noise, table.start_timestep)
-        if stop:
-
-            def denoise(x: np.ndarray, timestep: int, /) -> np.ndarray:
-                given = torch.from_numpy(x).to(self._device)
-                t = torch.full((len(x),), timestep, device=self._device)
-                conditioning = self.conditions(faces, plan, timestep)
-                with mixed_precision(self._device):
-                    epsilon = unet(given, t, conditioning, return_dict=False)[0]
-                return epsilon.float().cpu().numpy()  # type: ignore[no-any-return]
-
-            mask = np.repeat(self.latent_mask, len(clean), axis=0)
-            blend = Background(self.schedule, plan, clean, noise, mask)
-            x, _ = run(
-                SamplerTable(table.name, table.start_timestep, table.steps[:stop]),
-                x,
-                denoise,
-                gradient=guidance,
-                noise=lambda _: rng.standard_normal(clean.shape, np.float32),
-                blend=blend,
-            )
-        return torch.from_numpy(x).to(self._device)
-
-    def clean(
-        self, unet: Any, faces: Faces, plan: Plan, step: Step, x: torch.Tensor
-    ) -> torch.Tensor:
-        """The clean latent that `unet` predicts in x at a step; unguided."""
-        t = torch.full((len(x),), step.timestep, device=x.device)
-        epsilon = unet(x, t, self.conditions(faces, plan, step.timestep), return_dict=False)[0]
-        clean: torch.Tensor = step.x0_x * x + step.x0_eps * epsilon.float()
-        return clean
-
-    def nudge(self, guidance: IdentityGuidance, step: Step, x0: torch.Tensor) -> torch.Tensor:
-        """What guidance adds to a predicted clean latent."""
-        if step.g == 0.0:
-            return torch.zeros_like(x0)
-        reach = step.g / self.schedule.signal(step.next_timestep)
-        direction = guidance(x0.detach().cpu().numpy(), step)
-        return torch.from_numpy(-reach * direction).float().to(x0.device)
-
-    def pasted(
-        self, decode: Any, image: torch.Tensor, clean: torch.Tensor, latent: torch.Tensor
-    ) -> torch.Tensor:
-        """Decoded faces [B, 3, S, S] within their photos; around them the photos' clean latents."""
-        mask = torch.from_numpy(self.latent_mask).to(latent.device)
-        whole = clean + mask * (latent - clean)
-        face = decode(whole.to(memory_format=torch.channels_last)).float()
-        pasted: torch.Tensor = image + self.pixel_mask * (face.clamp(-1.1, 1.1) - image)
-        return pasted
+LEVELS = (50, 600)  # timesteps whose noise latents are judged under
 
 
 def main() -> None:
@@ -219,9 +79,13 @@ def main() -> None:
     parser.add_argument("--few-scale", type=float, default=0.4, help="share of distill.py's change")
     parser.add_argument("--hold", type=float, default=0.2, help="weight of the ordinary prediction")
     parser.add_argument("--adversarial", type=float, default=1.0)
+    parser.add_argument("--fit", type=float, default=1.0, help="weight of the latents' critic")
+    parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
     parser.add_argument("--repel", type=float, default=0.3)
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
-    parser.add_argument("--teacher", type=Path, help="TorchScript recognizer that also must not")
+    parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
+    parser.add_argument("--hide", type=float, default=0.3, help="share of batches that are hidden")
+    parser.add_argument("--teacher", type=Path, help="TorchScript recognizer to please as well")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     args = parser.parse_args()
     device = args.device
@@ -246,22 +110,43 @@ def main() -> None:
     load_low_rank(student, load_change(finished) if finished.exists() else change)
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.997)
-    critic = place(Critic(), device)
+    critic = place(FaceCritic(), device)
+    latent_critic = place(LatentCritic(ordinary.unet), device)
     optimizer = torch.optim.AdamW(factors, betas=(0.0, 0.99), weight_decay=1e-3)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
+    critics = nn.ModuleList([critic, latent_critic])
+    critic_optimizer = torch.optim.AdamW(critics.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
     parts = {
         "network": student,
         "average": average.network,
-        "critic": critic,
+        "critics": critics,
         "optimizer": optimizer,
         "critic_optimizer": critic_optimizer,
     }
     clock = Clock(args.minutes, args.rate, floor=1e-5)
     run_ = Run(args.work / "stranger.ckpt", parts, clock)
     rng = np.random.default_rng(time.time_ns())
+    some = rng.choice(len(data), 96, replace=False)
+    upright = np.zeros(len(some), np.int64)
+    with torch.no_grad():
+        sight, _ = look(recognizer, crop(data, some, upright, offsets).to(device))
+        measure(critic.heads, sight)
+        moments = torch.from_numpy(rng.integers(*LEVELS, len(some))).to(device)
+        real = torch.from_numpy(latents[some, upright]).float().to(device)
+        power = signal_levels().to(device)[moments][:, None, None, None]
+        noisy = power.sqrt() * real + (1 - power).sqrt() * torch.randn_like(real)
+        empty = ordinary.conditioner.unconditional().expand(len(some), -1, -1)
+        measure(latent_critic.heads, denoiser_features(ordinary.unet, noisy, moments, empty))
+    for group in critic_optimizer.param_groups:
+        group["pace"] = args.critic_pace
     programs = Programs(Bundle.load(args.bundle), ONNXRuntimeCPU())
     sampler = Sampler(ordinary, programs, device)
-    plans = [preset(name).anonymize for name in ("fast", "balanced")]
+    fast = preset("fast")
+    seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
+    seen_mask = sampler.pixel_mask[:, :, seen, seen]
+    masks = [*[sampler.pixel_mask] * 2, *[seen_mask] * len(FEATURES)]  # of the critic's scores
+    small_masks = [sampler.pixel_mask] * 3
+    plans = [fast.anonymize, preset("balanced").anonymize, fast.hide]
+    shares = np.array([0.65, 0.35, 0.0]) * (1 - args.hide) + np.array([0.0, 0.0, args.hide])
     tables = [plan.table(sampler.schedule) for plan in plans]
     moved = torch.compile(student, dynamic=False) if args.compile else student
     still = torch.compile(ordinary.unet, dynamic=False) if args.compile else ordinary.unet
@@ -272,6 +157,16 @@ def main() -> None:
         return critic(image, features), embedding
 
     judged = torch.compile(judge, dynamic=False) if args.compile else judge
+
+    def judge_latent(
+        latent: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
+    ) -> list[torch.Tensor]:
+        scores: list[torch.Tensor] = latent_critic(
+            denoiser_features(ordinary.unet, latent, t, conditioning)
+        )
+        return scores
+
+    judged_latent = torch.compile(judge_latent, dynamic=False) if args.compile else judge_latent
     scored = torch.compile(critic, dynamic=False) if args.compile else critic
     see = torch.compile(look, dynamic=False) if args.compile else look
     probe = held_out(args.work, 29, 14).to(device)
@@ -308,7 +203,7 @@ def main() -> None:
         order = torch.from_numpy(rng.permutation(2 * args.batch)).to(device)
         mine, others = order[: args.batch], order[args.batch :]
         faces = faces_of(images[mine], both[mine])
-        which = int(rng.random() < 0.35)
+        which = int(rng.choice(len(plans), p=shares))
         plan, table = plans[which], tables[which]
         stop = int(rng.integers(len(table.steps)))
         if rng.random() < 0.25:  # what is seen in the end
@@ -327,16 +222,22 @@ def main() -> None:
         shown = image.detach().requires_grad_()
         with mixed_precision(device):
             scores, embedding = judged(shown)
-        deceive = -torch.stack([score.float().mean() for score in scores]).sum()
+        deceive = -merit(scores, masks)
         cosine = (embedding * faces.identities).sum(1)
-        likeness = F.relu(cosine - args.margin).sum()
+        reached: dict[str, torch.Tensor] = {}
+        hidden = plan.guidance.mode == "attract"
+
+        def wrong(cosine: torch.Tensor, hidden: bool = hidden) -> torch.Tensor:
+            return F.relu(args.known - cosine if hidden else cosine - args.margin).sum()
+
+        likeness = wrong(cosine)
         if outsider is not None and run_.step % 2:  # it is slow: a few faces at some steps
             few = slice(0, 4)
             with torch.no_grad():
                 original = outside(faces.image[few])
-            seen = (outside(shown[few]) * original).sum(1)
-            likeness = likeness + F.relu(seen - args.margin).sum()
-            figures.setdefault("outsider", []).append(float(seen.detach().mean()))
+            alike_outside = (outside(shown[few]) * original).sum(1)
+            likeness = likeness + wrong(alike_outside)
+            reached["hidden outsider" if hidden else "outsider"] = alike_outside.mean()
         ramp = min(1.0, run_.step / 150)
         lit = F.avg_pool2d((image - faces.image).detach(), 16)
         toward = F.interpolate(lit, scale_factor=16, mode="bilinear") * 3
@@ -350,6 +251,17 @@ def main() -> None:
         error = (predicted - expected).detach()
         reach = (error.square().mean((1, 2, 3), keepdim=True) + 0.01).sqrt()
         pull = args.hold * error / reach + strength * unit(gradient)
+        level = int(rng.integers(*LEVELS))
+        t = torch.full((args.batch,), level, device=device)
+        signal, spread = sampler.schedule.signal(level), sampler.schedule.noise(level)
+        noise = torch.randn_like(latent)
+        empty = ordinary.conditioner.unconditional().expand(args.batch, -1, -1)
+        placed = sampler.whole(faces.latent, latent)
+        with mixed_precision(device):
+            scores = judged_latent(signal * placed + spread * noise, t, empty)
+        fits = merit(scores, small_masks)
+        (gradient,) = torch.autograd.grad(-fits, latent)
+        pull = pull + args.fit * ramp * unit(gradient)
         backward((predicted * pull).sum() / predicted.numel() * 10, optimizer, factors)
         average.update(student, run_.step)
 
@@ -358,15 +270,19 @@ def main() -> None:
             both_faces = torch.cat([real, image.detach()])
             features, _ = see(recognizer, both_faces)
         with mixed_precision(device):
-            verdicts = [v.float().chunk(2) for v in scored(both_faces, features)]
-        hinge = torch.stack(
-            [F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in verdicts]
-        ).sum()
-        backward(hinge, critic_optimizer, critic)
+            verdicts = [v.chunk(2) for v in scored(both_faces, features)]
+            drawn = judged_latent(signal * placed.detach() + spread * noise, t, empty)
+            fresh = torch.randn_like(noise)
+            natural = judged_latent(signal * both[others] + spread * fresh, t, empty)
+        loss = hinge([r for r, _ in verdicts], [d for _, d in verdicts], masks)
+        loss_latent = hinge(natural, drawn, small_masks)
+        backward(loss + loss_latent, critic_optimizer, critics)
 
         run_.step += 1
-        reached: dict[str, Any] = {"moved": error.square().mean().sqrt(), "cosine": cosine.mean()}
-        reached |= {"hinge": hinge, "score": -deceive, "light": lit.abs().mean()}
+        reached["moved"] = error.square().mean().sqrt()
+        reached["hidden cosine" if hidden else "cosine"] = cosine.mean()
+        reached |= {"hinge": loss, "score": -deceive, "light": lit.abs().mean()}
+        reached |= {"latent hinge": loss_latent, "latent score": fits}
         for name, value in reached.items():
             figures.setdefault(name, []).append(float(value.detach()))
         if run_.step % 25 == 0:
