@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from distill import unit
+from distill import downward, given, unit
 from torch import nn
 from torch.nn import functional as F
 from train_decoder import Critic as PixelCritic
@@ -115,23 +115,14 @@ def denoiser_features(
     unet: Any, x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
 ) -> list[torch.Tensor]:
     """Of unit size: after the middle block and the two upward blocks that follow."""
-    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
-    embedding = embedding + unet.get_aug_embed(embedding, conditioning, {})
-
-    def given(block: Any) -> dict[str, Any]:
-        attends = getattr(block, "has_cross_attention", False)
-        return {"temb": embedding} | ({"encoder_hidden_states": conditioning} if attends else {})
-
-    x = unet.conv_in(x)
-    skips: tuple[torch.Tensor, ...] = (x,)
-    for block in unet.down_blocks:
-        x, more = block(x, **given(block))
-        skips += more
-    x = unet.mid_block(x, embedding, encoder_hidden_states=conditioning)
+    embedding, handed, x = downward(unet, x, t, conditioning)
+    skips = tuple(state for states in handed for state in states)
     features = [unit(x.float())]
     for block in unet.up_blocks[:2]:
         count = len(block.resnets)
-        x = block(x, res_hidden_states_tuple=skips[-count:], **given(block))
+        x = block(
+            x, res_hidden_states_tuple=skips[-count:], **given(block, embedding, conditioning)
+        )
         skips = skips[:-count]
         features.append(unit(x.float()))
     return features

@@ -58,9 +58,9 @@ from critics import (
     measure,
     merit,
 )
-from distill import unit
+from distill import Levels, unit
 from guided_samples import Faces, Sampler
-from train_diffusion import Diffusion, crop, encode_all, load_diffusion, signal_levels
+from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
@@ -132,8 +132,8 @@ def main() -> None:
         measure(critic.heads, sight)
         moments = torch.from_numpy(rng.integers(*LEVELS, len(some))).to(device)
         real = torch.from_numpy(latents[some, upright]).float().to(device)
-        power = signal_levels().to(device)[moments][:, None, None, None]
-        noisy = power.sqrt() * real + (1 - power).sqrt() * torch.randn_like(real)
+        signal, spread = Levels(device)(moments)
+        noisy = signal * real + spread * torch.randn_like(real)
         empty = ordinary.conditioner.unconditional().expand(len(some), -1, -1)
         measure(latent_critic.heads, denoiser_features(ordinary.unet, noisy, moments, empty))
     for group in critic_optimizer.param_groups:
@@ -253,12 +253,12 @@ def main() -> None:
         pull = args.hold * error / reach + strength * unit(gradient)
         level = int(rng.integers(*LEVELS))
         t = torch.full((args.batch,), level, device=device)
-        signal, spread = sampler.schedule.signal(level), sampler.schedule.noise(level)
+        strong, noisy_by = sampler.schedule.signal(level), sampler.schedule.noise(level)
         noise = torch.randn_like(latent)
         empty = ordinary.conditioner.unconditional().expand(args.batch, -1, -1)
         placed = sampler.whole(faces.latent, latent)
         with mixed_precision(device):
-            scores = judged_latent(signal * placed + spread * noise, t, empty)
+            scores = judged_latent(strong * placed + noisy_by * noise, t, empty)
         fits = merit(scores, small_masks)
         (gradient,) = torch.autograd.grad(-fits, latent)
         pull = pull + args.fit * ramp * unit(gradient)
@@ -271,9 +271,9 @@ def main() -> None:
             features, _ = see(recognizer, both_faces)
         with mixed_precision(device):
             verdicts = [v.chunk(2) for v in scored(both_faces, features)]
-            drawn = judged_latent(signal * placed.detach() + spread * noise, t, empty)
+            drawn = judged_latent(strong * placed.detach() + noisy_by * noise, t, empty)
             fresh = torch.randn_like(noise)
-            natural = judged_latent(signal * both[others] + spread * fresh, t, empty)
+            natural = judged_latent(strong * both[others] + noisy_by * fresh, t, empty)
         loss = hinge([r for r, _ in verdicts], [d for _, d in verdicts], masks)
         loss_latent = hinge(natural, drawn, small_masks)
         backward(loss + loss_latent, critic_optimizer, critics)
