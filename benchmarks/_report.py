@@ -154,13 +154,13 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def draw(results: Sequence[Result], folder: Path) -> list[Path]:
-    """Write `bench.png` (milliseconds a face) and `scaling.png`; returns what was written."""
+def draw(results: Sequence[Result], folder: Path, bars: str = "bench.png") -> list[Path]:
+    """Write `bars` (milliseconds a face) and `scaling.png`; returns what was written."""
     import matplotlib
 
     matplotlib.use("Agg")
     written = []
-    for name, picture in (("bench.png", _bars), ("scaling.png", _growth)):
+    for name, picture in ((bars, _bars), ("scaling.png", _growth)):
         figure = picture(results)
         if figure is not None:
             figure.savefig(folder / name, dpi=110)

@@ -9,10 +9,10 @@ import torch
 from benchmarks import gpu
 from benchmarks._gpu_bundle import SIZES, random_components
 from benchmarks._gpu_gan import GanAnonymizer, StyleEncoder, StyleGenerator
-from benchmarks._gpu_report import measured, newest
+from benchmarks._gpu_report import beside, measured, newest
 from benchmarks._gpu_run import GpuRun
 from benchmarks._gpu_timing import timed
-from benchmarks._results import Recorder, read
+from benchmarks._results import Recorder, Result, read
 
 
 def words(bundle: Path, folder: Path, *more: str) -> list[str]:
@@ -164,3 +164,25 @@ def test_time_is_counted_in_calls() -> None:
     calls: list[int] = []
     assert len(timed(lambda: calls.append(1), 0.0, fewest=4, warm_up=2)) == 4
     assert len(calls) == 6
+
+
+def test_others_stand_beside_our_fastest_backend() -> None:
+    def time(case: str, provider: str, p50: float, faces: int, **config: str) -> Result:
+        config_ = {"faces": faces, **config}
+        return Result(case, provider, "time a face", "ms", p50, p50, p50, 1, config=config_)
+
+    results = [
+        time("anonymize/fast, 4 at once", "diffveil cpu", 50.0, 4, preset="fast"),
+        time("anonymize/fast, 4 at once", "diffveil tensorrt-rtx", 5.0, 4, preset="fast"),
+        time("anonymize/fast, 1 at once", "diffveil cpu", 20.0, 1, preset="fast"),
+        time("program/decode, 4 at once", "diffveil cpu", 1.0, 4),
+        time("anonymize/GAN, 4 at once", "GAN, PyTorch eager", 2.0, 4),
+        time("hide/recipe, 4 at once", "recipe, PyTorch eager", 500.0, 4),
+    ]
+    lines = beside(results).splitlines()
+    assert lines[2].split(" | ")[-2:] == ["GAN, PyTorch eager", "recipe, PyTorch eager |"]
+    assert lines[4:] == [
+        "| anonymize | fast | 4 | diffveil tensorrt-rtx | 5 | 0.4 × |  |",
+        "| anonymize | fast | 1 | diffveil cpu | 20 |  |  |",
+    ]
+    assert beside(results[:4]) == beside([]) == ""

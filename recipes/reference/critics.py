@@ -1,15 +1,9 @@
-"""Who judges drawn faces: critics on pixels, on a recognizer's features and on a denoiser's.
-
-The denoiser's features are those of LADD (Sauer et al., arXiv 2403.12015): at noise, they tell
-whether a face fits the head and the picture around it, which pixels do not.
-"""
+"""Who judges drawn faces: critics on pixels and on a recognizer's features."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from distill import downward, given, unit
+from distill import unit
 from torch import nn
 from torch.nn import functional as F
 from train_decoder import Critic as PixelCritic
@@ -96,36 +90,6 @@ def within(score: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Mean of a score map [B, 1, h, w] where a mask [1, 1, S, S] shows the drawn face."""
     weight = F.adaptive_avg_pool2d(mask, (score.shape[-2], score.shape[-1]))
     return (score.float() * weight).mean() / weight.mean()
-
-
-class LatentCritic(nn.Module):
-    """Scores noisy latents [B, C, s, s] by a frozen denoiser's features."""
-
-    def __init__(self, unet: Any) -> None:
-        super().__init__()
-        top = unet.config.block_out_channels[-1]
-        self.heads = nn.ModuleList(score_head(top) for _ in range(3))
-
-    def forward(self, features: list[torch.Tensor]) -> list[torch.Tensor]:
-        """Score maps, each [B, 1, h, w], of `denoiser_features`."""
-        return [head(f) for head, f in zip(self.heads, features, strict=True)]
-
-
-def denoiser_features(
-    unet: Any, x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
-) -> list[torch.Tensor]:
-    """Of unit size: after the middle block and the two upward blocks that follow."""
-    embedding, handed, x = downward(unet, x, t, conditioning)
-    skips = tuple(state for states in handed for state in states)
-    features = [unit(x.float())]
-    for block in unet.up_blocks[:2]:
-        count = len(block.resnets)
-        x = block(
-            x, res_hidden_states_tuple=skips[-count:], **given(block, embedding, conditioning)
-        )
-        skips = skips[:-count]
-        features.append(unit(x.float()))
-    return features
 
 
 def hinge(

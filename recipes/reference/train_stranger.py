@@ -7,8 +7,8 @@ leaves, and a bundle whose `guide_latent` steers the samples as anonymize will. 
 `few.safetensors` (distill.py). A batch is sampled as anonymize or hide samples it, up to a step
 chosen at random; there the predicted clean face is judged, pasted into its photo:
 
-* critics on pixels, on the frozen recognizer's features and, at noise, on the ordinary model's
-  tell such faces from real ones, so that features are sharp and fit the head around them;
+* a critic on pixels and on the frozen recognizer's features tells such faces from real ones, so
+  that features are sharp and fit the head around them;
 * the recognizer must not take the face for the photo's person, but must if it is hidden;
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
@@ -51,14 +51,12 @@ from common import (
 from critics import (
     FEATURES,
     FaceCritic,
-    LatentCritic,
-    denoiser_features,
     hinge,
     look,
     measure,
     merit,
 )
-from distill import Levels, unit
+from distill import unit
 from guided_samples import Faces, Sampler
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 
@@ -70,8 +68,6 @@ from diffveil_export.models.low_rank import (
     low_rank_parameters,
 )
 
-LEVELS = (50, 600)  # timesteps whose noise latents are judged under
-
 
 def main() -> None:
     parser = training_arguments(__doc__, minutes=60, batch=12, rate=1.5e-3)
@@ -79,7 +75,6 @@ def main() -> None:
     parser.add_argument("--few-scale", type=float, default=0.4, help="share of distill.py's change")
     parser.add_argument("--hold", type=float, default=0.2, help="weight of the ordinary prediction")
     parser.add_argument("--adversarial", type=float, default=1.0)
-    parser.add_argument("--fit", type=float, default=1.0, help="weight of the latents' critic")
     parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
     parser.add_argument("--repel", type=float, default=0.3)
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
@@ -111,14 +106,12 @@ def main() -> None:
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.997)
     critic = place(FaceCritic(), device)
-    latent_critic = place(LatentCritic(ordinary.unet), device)
     optimizer = torch.optim.AdamW(factors, betas=(0.0, 0.99), weight_decay=1e-3)
-    critics = nn.ModuleList([critic, latent_critic])
-    critic_optimizer = torch.optim.AdamW(critics.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
+    critic_optimizer = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
     parts = {
         "network": student,
         "average": average.network,
-        "critics": critics,
+        "critic": critic,
         "optimizer": optimizer,
         "critic_optimizer": critic_optimizer,
     }
@@ -130,12 +123,6 @@ def main() -> None:
     with torch.no_grad():
         sight, _ = look(recognizer, crop(data, some, upright, offsets).to(device))
         measure(critic.heads, sight)
-        moments = torch.from_numpy(rng.integers(*LEVELS, len(some))).to(device)
-        real = torch.from_numpy(latents[some, upright]).float().to(device)
-        signal, spread = Levels(device)(moments)
-        noisy = signal * real + spread * torch.randn_like(real)
-        empty = ordinary.conditioner.unconditional().expand(len(some), -1, -1)
-        measure(latent_critic.heads, denoiser_features(ordinary.unet, noisy, moments, empty))
     for group in critic_optimizer.param_groups:
         group["pace"] = args.critic_pace
     programs = Programs(Bundle.load(args.bundle), ONNXRuntimeCPU())
@@ -144,7 +131,6 @@ def main() -> None:
     seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
     seen_mask = sampler.pixel_mask[:, :, seen, seen]
     masks = [*[sampler.pixel_mask] * 2, *[seen_mask] * len(FEATURES)]  # of the critic's scores
-    small_masks = [sampler.pixel_mask] * 3
     plans = [fast.anonymize, preset("balanced").anonymize, fast.hide]
     shares = np.array([0.65, 0.35, 0.0]) * (1 - args.hide) + np.array([0.0, 0.0, args.hide])
     tables = [plan.table(sampler.schedule) for plan in plans]
@@ -158,15 +144,6 @@ def main() -> None:
 
     judged = torch.compile(judge, dynamic=False) if args.compile else judge
 
-    def judge_latent(
-        latent: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
-    ) -> list[torch.Tensor]:
-        scores: list[torch.Tensor] = latent_critic(
-            denoiser_features(ordinary.unet, latent, t, conditioning)
-        )
-        return scores
-
-    judged_latent = torch.compile(judge_latent, dynamic=False) if args.compile else judge_latent
     scored = torch.compile(critic, dynamic=False) if args.compile else critic
     see = torch.compile(look, dynamic=False) if args.compile else look
     probe = held_out(args.work, 29, 14).to(device)
@@ -251,17 +228,6 @@ def main() -> None:
         error = (predicted - expected).detach()
         reach = (error.square().mean((1, 2, 3), keepdim=True) + 0.01).sqrt()
         pull = args.hold * error / reach + strength * unit(gradient)
-        level = int(rng.integers(*LEVELS))
-        t = torch.full((args.batch,), level, device=device)
-        strong, noisy_by = sampler.schedule.signal(level), sampler.schedule.noise(level)
-        noise = torch.randn_like(latent)
-        empty = ordinary.conditioner.unconditional().expand(args.batch, -1, -1)
-        placed = sampler.whole(faces.latent, latent)
-        with mixed_precision(device):
-            scores = judged_latent(strong * placed + noisy_by * noise, t, empty)
-        fits = merit(scores, small_masks)
-        (gradient,) = torch.autograd.grad(-fits, latent)
-        pull = pull + args.fit * ramp * unit(gradient)
         backward((predicted * pull).sum() / predicted.numel() * 10, optimizer, factors)
         average.update(student, run_.step)
 
@@ -271,18 +237,13 @@ def main() -> None:
             features, _ = see(recognizer, both_faces)
         with mixed_precision(device):
             verdicts = [v.chunk(2) for v in scored(both_faces, features)]
-            drawn = judged_latent(strong * placed.detach() + noisy_by * noise, t, empty)
-            fresh = torch.randn_like(noise)
-            natural = judged_latent(strong * both[others] + noisy_by * fresh, t, empty)
         loss = hinge([r for r, _ in verdicts], [d for _, d in verdicts], masks)
-        loss_latent = hinge(natural, drawn, small_masks)
-        backward(loss + loss_latent, critic_optimizer, critics)
+        backward(loss, critic_optimizer, critic)
 
         run_.step += 1
         reached["moved"] = error.square().mean().sqrt()
         reached["hidden cosine" if hidden else "cosine"] = cosine.mean()
         reached |= {"hinge": loss, "score": -deceive, "light": lit.abs().mean()}
-        reached |= {"latent hinge": loss_latent, "latent score": fits}
         for name, value in reached.items():
             figures.setdefault(name, []).append(float(value.detach()))
         if run_.step % 25 == 0:
