@@ -19,6 +19,7 @@ Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-r
 
 from __future__ import annotations
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
@@ -48,42 +48,41 @@ from common import (
     save_sheet,
     training_arguments,
 )
-from critics import (
-    FEATURES,
-    FaceCritic,
-    hinge,
-    look,
-    measure,
-    merit,
-)
+from critics import look
 from distill import unit
 from guided_samples import Faces, Sampler
+from judges import Aims, Judges
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.presets import preset
-from diffveil_export.models.low_rank import (
-    load_low_rank,
-    low_rank_parameters,
-)
+from diffveil_export.models.low_rank import load_low_rank, low_rank_parameters
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     parser = training_arguments(__doc__, minutes=60, batch=12, rate=1.5e-3)
     parser.add_argument("--bundle", default="runtime/diffveil/bundles/reference-128")
     parser.add_argument("--few-scale", type=float, default=0.4, help="share of distill.py's change")
     parser.add_argument("--hold", type=float, default=0.2, help="weight of the ordinary prediction")
-    parser.add_argument("--adversarial", type=float, default=1.0)
+    parser.add_argument("--adversarial", type=float, default=1.0, help="weight of the critic")
     parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
-    parser.add_argument("--repel", type=float, default=0.3)
+    parser.add_argument("--repel", type=float, default=0.3, help="weight of the recognizers")
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
     parser.add_argument("--hide", type=float, default=0.3, help="share of batches that are hidden")
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer to please as well")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
     device = args.device
+    aims = Aims(args.adversarial, args.repel, args.margin, args.known)
+
+    def wrap(function: Any) -> Any:
+        return torch.compile(function, dynamic=False) if args.compile else function
 
     data = load_faces(args.work)
     vae = place(load_autoencoder(args.work / "autoencoder.pt").eval(), device)
@@ -91,9 +90,6 @@ def main() -> None:
     latents, offsets = encode_all(data, args.work, vae, device)
     vae.load_state_dict(load_weights(autoencoder_file(args.work)))
     recognizer = place(load_recognizer(args.work).fuse().requires_grad_(False), device)
-    outsider: Any = None
-    if args.teacher:
-        outsider = torch.jit.load(args.teacher).eval().to(device)  # type: ignore[no-untyped-call]
 
     def load() -> Diffusion:
         return place(load_diffusion(args.work).eval().requires_grad_(False), device)
@@ -105,47 +101,29 @@ def main() -> None:
     load_low_rank(student, load_change(finished) if finished.exists() else change)
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.997)
-    critic = place(FaceCritic(), device)
-    optimizer = torch.optim.AdamW(factors, betas=(0.0, 0.99), weight_decay=1e-3)
-    critic_optimizer = torch.optim.AdamW(critic.parameters(), betas=(0.0, 0.99), weight_decay=1e-3)
+    sampler = Sampler(ordinary, Programs(Bundle.load(args.bundle), ONNXRuntimeCPU()), device)
+    judges = Judges(recognizer, sampler.pixel_mask, device, teacher=args.teacher, wrap=wrap)
+    settings: Any = {"betas": (0.0, 0.99), "weight_decay": 1e-3}
+    optimizer = torch.optim.AdamW(factors, **settings)
+    critic_optimizer = torch.optim.AdamW(judges.critic.parameters(), **settings)
     parts = {
         "network": student,
         "average": average.network,
-        "critic": critic,
+        "critic": judges.critic,
         "optimizer": optimizer,
         "critic_optimizer": critic_optimizer,
     }
     clock = Clock(args.minutes, args.rate, floor=1e-5)
     run_ = Run(args.work / "stranger.ckpt", parts, clock)
-    rng = np.random.default_rng(time.time_ns())
-    some = rng.choice(len(data), 96, replace=False)
-    upright = np.zeros(len(some), np.int64)
-    with torch.no_grad():
-        sight, _ = look(recognizer, crop(data, some, upright, offsets).to(device))
-        measure(critic.heads, sight)
     for group in critic_optimizer.param_groups:
         group["pace"] = args.critic_pace
-    programs = Programs(Bundle.load(args.bundle), ONNXRuntimeCPU())
-    sampler = Sampler(ordinary, programs, device)
-    fast = preset("fast")
-    seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
-    seen_mask = sampler.pixel_mask[:, :, seen, seen]
-    masks = [*[sampler.pixel_mask] * 2, *[seen_mask] * len(FEATURES)]  # of the critic's scores
-    plans = [fast.anonymize, preset("balanced").anonymize, fast.hide]
+    rng = np.random.default_rng(time.time_ns())
+    some = rng.choice(len(data), 96, replace=False)
+    judges.measure(crop(data, some, np.zeros(len(some), np.int64), offsets).to(device))
+    plans = [preset("fast").anonymize, preset("balanced").anonymize, preset("fast").hide]
     shares = np.array([0.65, 0.35, 0.0]) * (1 - args.hide) + np.array([0.0, 0.0, args.hide])
     tables = [plan.table(sampler.schedule) for plan in plans]
-    moved = torch.compile(student, dynamic=False) if args.compile else student
-    still = torch.compile(ordinary.unet, dynamic=False) if args.compile else ordinary.unet
-    decode = torch.compile(vae.decode, dynamic=False) if args.compile else vae.decode
-
-    def judge(image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
-        features, embedding = look(recognizer, image)
-        return critic(image, features), embedding
-
-    judged = torch.compile(judge, dynamic=False) if args.compile else judge
-
-    scored = torch.compile(critic, dynamic=False) if args.compile else critic
-    see = torch.compile(look, dynamic=False) if args.compile else look
+    moved, still, decode = wrap(student), wrap(ordinary.unet), wrap(vae.decode)
     probe = held_out(args.work, 29, 14).to(device)
 
     def faces_of(image: torch.Tensor, latent: torch.Tensor) -> Faces:
@@ -167,9 +145,6 @@ def main() -> None:
                     x = sampler.until(unet, faces, plan, table, guidance, len(table.steps), same)
                     rows.append(sampler.pasted(vae.decode, probe, faces.latent, x))
         save_sheet(args.work / f"stranger-{run_.step:06d}.png", rows)
-
-    def outside(image: torch.Tensor) -> torch.Tensor:
-        return F.normalize((outsider(127.5 * (image[:, :, 8:120, 8:120] + 1))).float(), dim=1)
 
     figures: dict[str, list[float]] = {}
     while run_.begin_step(optimizer, critic_optimizer):
@@ -196,35 +171,12 @@ def main() -> None:
 
         with mixed_precision(device):
             image = sampler.pasted(decode, faces.image, faces.latent, latent)
-        shown = image.detach().requires_grad_()
-        with mixed_precision(device):
-            scores, embedding = judged(shown)
-        deceive = -merit(scores, masks)
-        cosine = (embedding * faces.identities).sum(1)
-        reached: dict[str, torch.Tensor] = {}
         hidden = plan.guidance.mode == "attract"
-
-        def wrong(cosine: torch.Tensor, hidden: bool = hidden) -> torch.Tensor:
-            return F.relu(args.known - cosine if hidden else cosine - args.margin).sum()
-
-        likeness = wrong(cosine)
-        if outsider is not None and run_.step % 2:  # it is slow: a few faces at some steps
-            few = slice(0, 4)
-            with torch.no_grad():
-                original = outside(faces.image[few])
-            alike_outside = (outside(shown[few]) * original).sum(1)
-            likeness = likeness + wrong(alike_outside)
-            reached["hidden outsider" if hidden else "outsider"] = alike_outside.mean()
-        ramp = min(1.0, run_.step / 150)
-        lit = F.avg_pool2d((image - faces.image).detach(), 16)
-        toward = F.interpolate(lit, scale_factor=16, mode="bilinear") * 3
-        (gradient,) = torch.autograd.grad(deceive, shown, retain_graph=True)
-        toward = toward + args.adversarial * ramp * unit(gradient)
-        (gradient,) = torch.autograd.grad(likeness, shown)
-        alike = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
-        toward = toward + args.repel * alike * unit(gradient)
-        strength = toward.square().mean((1, 2, 3), keepdim=True).sqrt()
+        toward, reached = judges.wish(
+            image, faces.image, faces.identities, aims, hidden=hidden, step=run_.step
+        )
         (gradient,) = torch.autograd.grad((image * toward).sum(), latent)
+        strength = toward.square().mean((1, 2, 3), keepdim=True).sqrt()
         error = (predicted - expected).detach()
         reach = (error.square().mean((1, 2, 3), keepdim=True) + 0.01).sqrt()
         pull = args.hold * error / reach + strength * unit(gradient)
@@ -233,17 +185,11 @@ def main() -> None:
 
         with torch.no_grad(), mixed_precision(device):
             real = sampler.pasted(decode, images[others], both[others], both[others])
-            both_faces = torch.cat([real, image.detach()])
-            features, _ = see(recognizer, both_faces)
-        with mixed_precision(device):
-            verdicts = [v.chunk(2) for v in scored(both_faces, features)]
-        loss = hinge([r for r, _ in verdicts], [d for _, d in verdicts], masks)
-        backward(loss, critic_optimizer, critic)
+        loss = judges.mistakes(real, image)
+        backward(loss, critic_optimizer, judges.critic)
 
         run_.step += 1
-        reached["moved"] = error.square().mean().sqrt()
-        reached["hidden cosine" if hidden else "cosine"] = cosine.mean()
-        reached |= {"hinge": loss, "score": -deceive, "light": lit.abs().mean()}
+        reached |= {"moved": error.square().mean().sqrt(), "hinge": loss}
         for name, value in reached.items():
             figures.setdefault(name, []).append(float(value.detach()))
         if run_.step % 25 == 0:

@@ -1,0 +1,142 @@
+"""Who looks at faces drawn into photos, and how each wants them changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import mixed_precision, place
+from critics import FEATURES, FaceCritic, hinge, look, measure, merit
+from distill import unit
+from torch.nn import functional as F
+
+from diffveil_export.reference.recognizer import FaceRecognizer
+
+_ASKED = 4  # faces of a batch that the slow teacher is shown, at every other step
+_WARM_UP = 150  # steps until the critic counts in full: it knows nothing at first
+
+
+@dataclass(frozen=True)
+class Aims:
+    """What faces are to reach.
+
+    Attributes:
+        adversarial: Weight of the critic.
+        likeness: Weight of the recognizers.
+        strange: Cosine to the photo's person that is strange enough.
+        known: Cosine that a hidden face is to keep.
+    """
+
+    adversarial: float = 1.0
+    likeness: float = 0.3
+    strange: float = 0.0
+    known: float = 0.6
+
+
+class Judges:
+    """A critic in training, the frozen recognizer and, where it is given, the recognizer's teacher.
+
+    Args:
+        recognizer: The bundle's.
+        mask: Where drawn faces are in crops, [1, 1, S, S].
+        device: Where all of them are.
+        teacher: TorchScript recognizer of aligned 112-pixel faces, RGB 0 … 255.
+        wrap: `torch.compile`, or what leaves functions as they are.
+    """
+
+    def __init__(
+        self,
+        recognizer: FaceRecognizer,
+        mask: torch.Tensor,
+        device: str,
+        *,
+        teacher: Path | None = None,
+        wrap: Callable[[Any], Any] = lambda function: function,
+    ) -> None:
+        self.critic = place(FaceCritic(), device)
+        self._recognizer, self._device = recognizer, device
+        seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
+        self._masks = [*[mask] * 2, *[mask[:, :, seen, seen]] * len(FEATURES)]
+        self._teacher: Any = None
+        if teacher is not None:
+            self._teacher = torch.jit.load(teacher).eval().to(device)  # type: ignore[no-untyped-call]
+        self._judged, self._scored, self._see = wrap(self._judge), wrap(self.critic), wrap(look)
+
+    def measure(self, images: torch.Tensor) -> None:
+        """Let the critic know the features of real faces [B, 3, S, S]."""
+        with torch.no_grad():
+            features, _ = look(self._recognizer, images)
+        measure(self.critic.heads, features)
+
+    def wish(
+        self,
+        image: torch.Tensor,
+        original: torch.Tensor,
+        identities: torch.Tensor,
+        aims: Aims,
+        *,
+        hidden: bool,
+        step: int,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Where all of them together would move drawn faces, as a gradient to descend.
+
+        Every wish is brought to unit size, face by face, before they are weighed. The photo's light
+        is one of them: the mean colour of 8 × 8 patches stays.
+
+        Args:
+            image: Drawn faces in their photos, [B, 3, S, S] in [-1, 1].
+            original: The photos, alike.
+            identities: Unit embeddings of the photos, [B, E].
+            aims: What is to be reached.
+            hidden: Whether the faces are to stay known.
+            step: Number of the training's step.
+
+        Returns:
+            Gradient [B, 3, S, S], and figures to log.
+        """
+
+        def wrong(cosine: torch.Tensor) -> torch.Tensor:
+            return F.relu(aims.known - cosine if hidden else cosine - aims.strange).sum()
+
+        shown = image.detach().requires_grad_()
+        with mixed_precision(self._device):
+            scores, embedding = self._judged(shown)
+        merits = merit(scores, self._masks)
+        cosine = (embedding * identities).sum(1)
+        kind = "hidden " if hidden else ""
+        figures = {f"{kind}cosine": cosine.mean(), "score": merits}
+        likeness = wrong(cosine)
+        if self._teacher is not None and step % 2:
+            few = slice(0, _ASKED)
+            with torch.no_grad():
+                known = self._embed(original[few])
+            cosine = (self._embed(shown[few]) * known).sum(1)
+            likeness = likeness + wrong(cosine)
+            figures[f"{kind}outsider"] = cosine.mean()
+        lit = F.avg_pool2d(shown.detach() - original, 16)
+        figures["light"] = lit.abs().mean()
+        toward = F.interpolate(lit, scale_factor=16, mode="bilinear") * 3
+        (gradient,) = torch.autograd.grad(-merits, shown, retain_graph=True)
+        toward = toward + aims.adversarial * min(1.0, step / _WARM_UP) * unit(gradient)
+        (gradient,) = torch.autograd.grad(likeness, shown)
+        at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
+        return toward + aims.likeness * at_all * unit(gradient), figures
+
+    def mistakes(self, real: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
+        """The critic's loss on real and drawn faces, both [B, 3, S, S]."""
+        faces = torch.cat([real, drawn.detach()])
+        with torch.no_grad(), mixed_precision(self._device):
+            features, _ = self._see(self._recognizer, faces)
+        with mixed_precision(self._device):
+            verdicts = [score.chunk(2) for score in self._scored(faces, features)]
+        return hinge([r for r, _ in verdicts], [d for _, d in verdicts], self._masks)
+
+    def _judge(self, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+        features, embedding = look(self._recognizer, image)
+        return self.critic(image, features), embedding
+
+    def _embed(self, image: torch.Tensor) -> torch.Tensor:
+        return F.normalize(self._teacher(127.5 * (image[:, :, 8:120, 8:120] + 1)).float(), dim=1)

@@ -1,0 +1,98 @@
+"""The judges of recipes/reference: whom they want changed, and in which direction."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
+from critics import look
+from judges import Aims, Judges
+
+from diffveil_export.reference.recognizer import FaceRecognizer
+
+ALONE = {"adversarial": 0.0, "likeness": 1.0}  # the recognizer's wish, and the light's
+
+
+@pytest.fixture(scope="module")
+def recognizer() -> FaceRecognizer:
+    torch.manual_seed(0)
+    network = FaceRecognizer(embedding=32).eval()
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):  # as it is, faces are all one to it
+            nn.init.kaiming_normal_(module.weight)
+    return network.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def judges(recognizer: FaceRecognizer) -> Judges:
+    torch.manual_seed(1)
+    judges = Judges(recognizer, torch.ones(1, 1, 128, 128), "cpu")
+    judges.measure(0.3 * torch.randn(8, 3, 128, 128))
+    return judges
+
+
+def cosines(recognizer: FaceRecognizer, image: torch.Tensor, known: torch.Tensor) -> torch.Tensor:
+    return (look(recognizer, image)[1] * known).sum(1)
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_recognizer_wants_strangers_stranger_and_hidden_faces_known(
+    judges: Judges, recognizer: FaceRecognizer, hidden: bool
+) -> None:
+    original = 0.3 * torch.randn(3, 3, 128, 128)
+    image = original + 0.2 * torch.randn_like(original)
+    _, known = look(recognizer, original)
+    aims = Aims(strange=-1.0, known=1.0, **ALONE)
+    wish, figures = judges.wish(image, original, known, aims, hidden=hidden, step=500)
+    light, _ = judges.wish(
+        image, original, known, Aims(likeness=0.0, adversarial=0.0), hidden=hidden, step=500
+    )
+    wish = wish - light
+    size = wish.square().mean((1, 2, 3)).sqrt()
+    torch.testing.assert_close(size, torch.ones(3), rtol=1e-3, atol=0)
+    before = cosines(recognizer, image, known)
+    after = cosines(recognizer, image - 0.01 * wish, known)
+    assert (after > before if hidden else after < before).all()
+    name = "hidden cosine" if hidden else "cosine"
+    torch.testing.assert_close(figures[name], before.mean(), rtol=0, atol=2e-2)  # in bfloat16
+
+
+def test_faces_that_are_as_they_should_be_are_left_alone(
+    judges: Judges, recognizer: FaceRecognizer
+) -> None:
+    original = 0.3 * torch.randn(2, 3, 128, 128)
+    _, known = look(recognizer, original)
+    for aims, hidden in ((Aims(strange=2.0, **ALONE), False), (Aims(known=-2.0, **ALONE), True)):
+        wish, _ = judges.wish(original, original, known, aims, hidden=hidden, step=500)
+        assert not wish.any()
+    darker, _ = judges.wish(original - 0.1, original, known, aims, hidden=True, step=500)
+    torch.testing.assert_close(darker, torch.full_like(darker, -0.3), rtol=1e-4, atol=0)
+
+
+def test_the_critic_learns_and_its_wish_is_what_deceives_it(
+    judges: Judges, recognizer: FaceRecognizer
+) -> None:
+    torch.manual_seed(2)
+    real = 0.3 * torch.randn(4, 3, 128, 128)
+    drawn = real.flip(0) + 0.3 * torch.sin(torch.arange(128.0))  # stripes
+    optimizer = torch.optim.Adam(judges.critic.parameters(), 2e-3)
+    losses = []
+    for _ in range(12):
+        loss = judges.mistakes(real, drawn)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+    _, known = look(recognizer, real)
+    aims = Aims(likeness=0.0)
+    none, _ = judges.wish(drawn, drawn, known, aims, hidden=False, step=0)
+    assert not none.any()
+    wish, before = judges.wish(drawn, drawn, known, aims, hidden=False, step=500)
+    _, after = judges.wish(drawn - 0.05 * wish, drawn, known, aims, hidden=False, step=500)
+    assert after["score"] > before["score"]
