@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from benchmarks import kernels
+from benchmarks._gpu_flops import counted_flops
 from benchmarks._gpu_timing import timed
 from benchmarks._gpu_torch import DTYPES, Mode, matmul_ceiling, torch_device, wait_for
 from benchmarks._kernel_cases import kernel_cases
@@ -26,15 +26,17 @@ from diffveil.errors import DiffveilError
 from diffveil.golden import judge_for
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
+from diffveil.plans import Plan, Preset
 from diffveil.presets import PRESETS
 from diffveil_export.engines.builder import BuildOptions, build_engines
 from diffveil_export.engines.trt_api import load_builder
 from diffveil_export.verify import random_inputs
-from diffveil_kernels.errors import KernelError
 
 __all__ = ["EXCLUDED", "GpuRun", "TimeIsUp", "present_gpu"]
 
 EXCLUDED = "loading, photos and files: calls on prepared crops, from host memory to host memory"
+
+INCLUDED = "guidance of all faces at every step, as if none became strange, or known, enough"
 
 
 class TimeIsUp(Exception):
@@ -111,17 +113,20 @@ class GpuRun:
         why = kernels.missing()
         cases = kernel_cases("cpu" if why else "cuda", batch=batch, size=size, photo=photo)
         wanted = [c for c in cases if (f"kernel/{c.name}", "diffveil kernel") not in self.done]
+        records: list[dict[str, Any]] = []
         if why is None and wanted:
             self._in_time()
             self.say("kernels")
-            try:
-                kernels.measure_here(wanted, lambda records: self._keep_kernel(records[-1]))
-            except KernelError as error:
-                why = str(error)
-        if why is not None:
+            records, why = kernels.measure_apart(batch, size, photo)
+        names = {case.name for case in wanted}
+        for record in records:
+            if record["case"] in names:
+                self._keep_kernel(record)
+                names.discard(record["case"])
+        if names and why:
             self.say(f"  kernels are not run: {why}")
-            for case in wanted:
-                self.recorder.not_run(f"kernel/{case.name}", "diffveil kernel", why[:2000])
+        for name in sorted(names):
+            self.recorder.not_run(f"kernel/{name}", "diffveil kernel", (why or "")[:2000])
 
     def programs(self, bundle: Bundle, backend: Backend) -> None:
         """Every program alone."""
@@ -145,28 +150,19 @@ class GpuRun:
 
     def operations(self, bundle: Bundle, backend: Backend) -> None:
         """Whole operations on crops with every preset."""
-        size = bundle.image_size
+        who, before = _ours(backend.name), _memory()
         with Programs(bundle, backend) as programs:
             operations = FaceOperations(programs)
             for preset in (PRESETS[name] for name in self.presets):
                 for batch in self.batches:
-                    rng = np.random.default_rng(batch)
-                    crops = rng.uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
-                    keys = [NoiseKey.from_seed(face) for face in range(batch)]
-
-                    def recovered(crops: Any = crops, inversion: Any = preset.recovery) -> object:
-                        return operations.recover(*operations.invert(crops, inversion), inversion)
-
-                    ways: dict[str, Callable[[], object]] = {
-                        "anonymize": partial(
-                            operations.anonymize, crops, preset.anonymize, keys=keys
-                        ),
-                        "hide": partial(operations.hide, crops, preset.hide, keys=keys),
-                        "recover": recovered,
-                    }
-                    for name, call in ways.items():
-                        case, who = f"{name}/{preset.name}", _ours(backend.name)
-                        self._time(case, who, batch, call, preset=preset.name)
+                    for name, way in _ways(preset, bundle.image_size, batch).items():
+                        case = f"{name}/{preset.name}"
+                        if self._is_done(_of(case, batch), backend.name):
+                            continue
+                        flops = counted_flops(bundle, way)
+                        call = partial(way, operations)
+                        facts: Any = {"preset": preset.name, "includes": INCLUDED}
+                        self._time(case, who, batch, call, flops=flops, before=before, **facts)
 
     def pytorch(
         self,
@@ -200,7 +196,8 @@ class GpuRun:
         try:
             spent = timed(call, self.seconds, wait, **counts)
         except (DiffveilError, RuntimeError) as error:  # RuntimeError: PyTorch's out of memory
-            why = f"{type(error).__name__}: {str(error).splitlines()[0][:300]}"
+            told = str(error).splitlines() or [""]
+            why = f"{type(error).__name__}: {told[0][:300]}"
             self.recorder.not_run(case, provider, why, faces=batch, **config)
             return
         config |= {"faces": batch, "p90": float(np.quantile(spent, 0.9)) / batch}
@@ -219,8 +216,8 @@ class GpuRun:
     def _keep_kernel(self, record: dict[str, Any]) -> None:
         case, detail = f"kernel/{record['case']}", {"bytes": record["bytes"]}
         if not record["correct"]:
-            why = f"WRONG by {record['difference']}"
-            self.recorder.not_run(case, "diffveil kernel", why, **detail)
+            why = f"FAILED: {record['problem']}"
+            self.recorder.not_run(case, "diffveil kernel", why[:2000], **detail)
             return
         detail["verdict"] = record["verdict"]
         add = partial(self.recorder.add, case)
@@ -244,9 +241,16 @@ class GpuRun:
 
 
 def present_gpu() -> Device | None:
-    """The first GPU, through its driver; None where there is none."""
-    with suppress(DiffveilError):
+    """The first GPU, through its driver; None where there is none.
+
+    Raises:
+        DiffveilError: PyTorch sees a GPU that we do not: a package is missing.
+    """
+    try:
         return Device()
+    except DiffveilError:
+        if torch.cuda.is_available():
+            raise
     return None
 
 
@@ -256,6 +260,32 @@ def _of(case: str, batch: int) -> str:
 
 def _ours(backend: str) -> str:
     return f"diffveil {backend}"
+
+
+def _ways(preset: Preset, size: int, batch: int) -> dict[str, Callable[[FaceOperations], object]]:
+    """The operations of a preset on crops of a size; recover has the inversion before it.
+
+    To random weights all faces are one: margins, which end guidance early, are left out.
+    """
+    rng = np.random.default_rng(batch)
+    crops = rng.uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
+    keys = [NoiseKey.from_seed(face) for face in range(batch)]
+    anonymize, hide = _guided_throughout(preset.anonymize), _guided_throughout(preset.hide)
+
+    def recovered(operations: FaceOperations) -> object:
+        inversion = preset.recovery
+        return operations.recover(*operations.invert(crops, inversion), inversion)
+
+    return {
+        "anonymize": lambda operations: operations.anonymize(crops, anonymize, keys=keys),
+        "hide": lambda operations: operations.hide(crops, hide, keys=keys),
+        "recover": recovered,
+    }
+
+
+def _guided_throughout(plan: Plan) -> Plan:
+    otherwise = None if plan.otherwise is None else _guided_throughout(plan.otherwise)
+    return replace(plan, guidance=replace(plan.guidance, margin=None), otherwise=otherwise)
 
 
 def _memory() -> int | None:

@@ -66,8 +66,9 @@ def paper_cases(
     for mode in modes:
         if mode == "compile":
             for module in components.modules().values():
-                module.compile(backend=compiler)
+                module.compile(backend=compiler, dynamic=False)
         for batch in batches:
+            torch._dynamo.reset()  # each size compiled for itself, none for all
             shape = (batch, 3, d.image_size, d.image_size)
             photo = torch.rand(shape, device=device, dtype=DTYPES[dtype]) * 2 - 1
             photo = photo.to(memory_format=torch.channels_last)
@@ -96,8 +97,9 @@ def gan_cases(
     for mode in modes:
         chosen: Any = network
         if mode == "compile":
-            chosen = torch.compile(copy.copy(network), backend=compiler)
+            chosen = torch.compile(copy.copy(network), backend=compiler, dynamic=False)
         for batch in batches:
+            torch._dynamo.reset()
             side = size.encoder[0]
             photo = torch.rand((batch, 3, side, side), device=device, dtype=DTYPES[dtype]) * 2 - 1
             photo = photo.to(memory_format=torch.channels_last)

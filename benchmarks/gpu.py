@@ -38,6 +38,7 @@ from benchmarks._gpu_run import GpuRun, TimeIsUp, present_gpu
 from benchmarks._gpu_torch import DTYPES, Mode, gan_cases, paper_cases, torch_device
 from benchmarks._results import Recorder, read
 from diffveil.bundle import Bundle
+from diffveil.errors import DiffveilError
 from diffveil.presets import PRESETS
 
 PARTS = ("kernels", "programs", "operations", "paper", "gan")
@@ -58,7 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     args = _parser().parse_args(given)
     args.precision = args.precision or ("float32" if args.size == "tiny" else "float16")
     args.bundle = args.bundle or Path(f"build/gpu-{args.size}-{args.precision}")
-    gpu = present_gpu()
+    try:
+        gpu = present_gpu()
+    except DiffveilError as error:
+        _say(f"benchmarks.gpu: PyTorch sees a GPU, diffveil does not: {error}")
+        return 2
     where = "CPU" if gpu is None else gpu.name
     subject = f"{args.size}, {args.precision}, {where}"
     if args.dry_run:
@@ -110,6 +115,9 @@ def _measure(args: argparse.Namespace, run: GpuRun, gpu: bool) -> None:
             run.build(bundle)
         run.measure_ceiling(args.precision, 256 if tiny else 8192)
         passed = list(run.backends(bundle, args.backends))
+        if gpu and not args.backends:  # it would take hours at this size
+            passed = [backend for backend in passed if backend.name != "cpu"]
+            _say("beside a GPU, cpu is not timed unless --backends names it")
     else:
         bundle, passed = None, []
     if "kernels" in args.only:

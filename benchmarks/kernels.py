@@ -4,7 +4,8 @@
 
 Every kernel is held against NumPy twice: as `diffveil build --kernels` compiles it, launched
 through cuda-core, and as Triton compiles and launches it. One that fails is not timed, and the exit
-status is 1. Timed is the first of the two, which is what a runtime would launch. Times are medians
+status is 1. Timed is the first of the two, which is what a runtime would launch. What fails in
+any way is recorded and the others go on, unless the device itself is lost. Times are medians
 of a CUDA graph of 20 runs, so that no launch from Python is in them; `floor` is the bytes that must
 be moved over the bandwidth of a large copy on the same card (what is small stays in the cache and
 may be faster). Beside each stand the PyTorch reference, which computes the same, and
@@ -18,6 +19,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -35,7 +37,7 @@ from benchmarks._kernel_cases import Case, kernel_cases
 from diffveil_kernels.calls import Call
 from diffveil_kernels.errors import KernelError
 
-__all__ = ["Record", "check", "main", "measure", "measure_here", "missing"]
+__all__ = ["Record", "check", "main", "measure", "measure_apart", "measure_here", "missing"]
 
 _RUNS = 20  # in one graph
 _REPEATS = 30
@@ -79,22 +81,32 @@ def measure(
     bandwidth = _bandwidth()
     records: list[Record] = []
     for case in cases:
-        record: Record = {"case": case.name, "bytes": case.bytes}
+        record: Record = {"case": case.name, "bytes": case.bytes, "correct": False}
         record["floor_us"] = 1e6 * case.bytes / bandwidth
-        checks = {name: check(case, launch) for name, launch in launches.items()}
-        record["difference"] = {name: difference for name, (_, difference) in checks.items()}
-        record["correct"] = all(right for right, _ in checks.values())
-        if record["correct"]:
-            launch = next(iter(launches.values()))
-            record["ours_us"] = _microseconds(partial(launch, case.calls))
-            for name, way in (("torch", case.plain), ("compiled", torch.compile(case.plain))):
-                record[f"{name}_us"], problem = _tried(way)
-                if problem:
-                    record[f"{name}_problem"] = problem
-            record |= _ratios(record)
+        try:
+            _measure(case, launches, record)
+        except Exception as error:  # whatever a kernel that no GPU has run may cause
+            record |= {"correct": False, "problem": f"{type(error).__name__}: {error}"[:300]}
         records.append(record)
         save(records)
     return records
+
+
+def _measure(case: Case, launches: dict[str, Launch], record: Record) -> None:
+    """Fill the record of one case."""
+    checks = {name: check(case, launch) for name, launch in launches.items()}
+    record["difference"] = {name: difference for name, (_, difference) in checks.items()}
+    if not all(right for right, _ in checks.values()):
+        record["problem"] = f"wrong by {record['difference']}"
+        return
+    launch = next(iter(launches.values()))
+    record["ours_us"] = _microseconds(partial(launch, case.calls))
+    for name, way in (("torch", case.plain), ("compiled", torch.compile(case.plain))):
+        record[f"{name}_us"], problem = _tried(way)
+        if problem:
+            record[f"{name}_problem"] = problem
+    record |= _ratios(record)
+    record["correct"] = True
 
 
 def measure_here(cases: Sequence[Case], save: Callable[[list[Record]], object]) -> list[Record]:
@@ -106,6 +118,28 @@ def measure_here(cases: Sequence[Case], save: Callable[[list[Record]], object]) 
     with tempfile.TemporaryDirectory() as folder:
         launches = {"cuda-core": _by_cuda_core(Path(folder)), "triton": _by_triton()}
         return measure(cases, launches, save=save)
+
+
+def measure_apart(batch: int, size: int, photo: int) -> tuple[list[Record], str]:
+    """`main` in a process of its own: a kernel that loses the device takes nothing else with it.
+
+    Returns:
+        The records there are, and why there are no more, if there should be.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        sizes = ["--batch", str(batch), "--size", str(size), "--photo", str(photo)]
+        child = subprocess.run(
+            [sys.executable, "-m", "benchmarks.kernels", "--out", folder, *sizes],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        file = Path(folder) / "kernels.json"
+        records: list[Record] = []
+        if file.exists():
+            records = json.loads(file.read_text(encoding="utf-8"))["kernels"]
+    told = child.stderr.strip().splitlines() or [f"ended with status {child.returncode}"]
+    return records, told[-1]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -129,7 +163,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     def save(records: list[Record]) -> None:
         text = json.dumps({"machine": machine, "kernels": records}, indent=1)
-        (args.out / "kernels.json").write_text(text + "\n", encoding="utf-8")
+        partial_file = args.out / ".kernels.json.new"
+        partial_file.write_text(text + "\n", encoding="utf-8")
+        partial_file.replace(args.out / "kernels.json")
         (args.out / "kernels.md").write_text(table(machine, records), encoding="utf-8")
         print(json.dumps(records[-1]))
 
@@ -159,7 +195,7 @@ def table(machine: Record, records: Sequence[Record]) -> str:
             columns += ["–" if ratio is None else f"{ratio:.2f}" for ratio in ratios]
             columns.append(r["verdict"])
         else:
-            columns += ["–"] * 4 + [f"WRONG: {r['difference']}"]
+            columns += ["–"] * 4 + [f"FAILED: {r['problem']}"]
         lines.append(f"| {' | '.join(columns)} |")
     return "\n".join(lines) + "\n"
 

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from benchmarks import gpu
 from benchmarks._gpu_bundle import SIZES, random_components
+from benchmarks._gpu_flops import counted_flops
 from benchmarks._gpu_gan import GanAnonymizer, StyleEncoder, StyleGenerator
 from benchmarks._gpu_report import beside, measured, newest
-from benchmarks._gpu_run import GpuRun
+from benchmarks._gpu_run import GpuRun, _ways
 from benchmarks._gpu_timing import timed
 from benchmarks._results import Recorder, Result, read
+
+from diffveil.bundle import Bundle
+from diffveil.engines import Engine, ONNXRuntimeCPU, Programs
+from diffveil.operations import FaceOperations
+from diffveil.presets import PRESETS
+from diffveil.programs import DYNAMIC_AXES
 
 
 def words(bundle: Path, folder: Path, *more: str) -> list[str]:
@@ -56,6 +64,8 @@ def test_it_runs_end_to_end(
         assert (time.config["faces"], share.unit) == (2, "share")
     for name in ("anonymize", "hide", "recover"):
         assert by_case[f"{name}/fast", "throughput"].unit == "faces/s"
+        assert by_case[f"{name}/fast", "rate"].p50
+        assert (name + "/fast", "memory") in by_case
     text = (tmp_path / "gpu.md").read_text()
     assert text in told.out
     assert "### Programs, a face" in text
@@ -95,8 +105,8 @@ def test_a_program_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
         ("hide/recipe, 1 at once", "recipe, PyTorch eager")
     }
     assert measured(tmp_path / "gpu.jsonl", "another") == set()
-    run._keep_kernel({"case": "k", "bytes": 1, "correct": False, "difference": {"triton": 3.0}})
-    assert recorder.results[-1].not_run == "WRONG by {'triton': 3.0}"
+    run._keep_kernel({"case": "k", "bytes": 1, "correct": False, "problem": "wrong by 3"})
+    assert recorder.results[-1].not_run == "FAILED: wrong by 3"
     right = {"case": "k", "bytes": 1, "correct": True, "verdict": "faster", "over_floor": 1.5}
     run._keep_kernel(
         {**right, "ours_us": 3.0, "torch_us": 6.0, "compiled_us": None, "compiled_problem": "no"}
@@ -164,6 +174,43 @@ def test_time_is_counted_in_calls() -> None:
     calls: list[int] = []
     assert len(timed(lambda: calls.append(1), 0.0, fewest=4, warm_up=2)) == 4
     assert len(calls) == 6
+
+
+@pytest.mark.parametrize("name", ["fast", "paper"])
+def test_flops_of_operations_are_those_of_the_calls_they_make(
+    tiny_bundle_path: Path, name: str
+) -> None:
+    bundle, spent = Bundle.load(tiny_bundle_path), 0.0
+
+    class Spy(ONNXRuntimeCPU):
+        def load(self, bundle: Bundle, program: str) -> Engine:
+            engine = super().load(bundle, program)
+            cost = bundle.program(program).cost
+            assert cost is not None
+
+            class Watched:
+                program = engine.program
+                close = engine.close
+
+                def run(self, **inputs: Any) -> dict[str, Any]:
+                    nonlocal spent
+                    rows = next(
+                        inputs[t.name].shape[t.axes.index(axis)]
+                        for t in engine.program.inputs
+                        for axis in t.axes
+                        if axis in DYNAMIC_AXES
+                    )
+                    spent += cost.flops * rows
+                    return engine.run(**inputs)
+
+            return Watched()
+
+    for operation, way in _ways(PRESETS[name], bundle.image_size, 2).items():
+        spent = 0.0
+        with Programs(bundle, Spy()) as programs:
+            way(FaceOperations(programs))
+        assert counted_flops(bundle, way) == pytest.approx(spent, rel=1e-12), operation
+        assert spent > 0
 
 
 def test_others_stand_beside_our_fastest_backend() -> None:

@@ -9,8 +9,13 @@ from typing import Any, Protocol
 import numpy as np
 
 from diffveil_kernels.calls import Call
-from diffveil_kernels.errors import KernelInputError, KernelUnavailableError
+from diffveil_kernels.errors import (
+    KernelInputError,
+    KernelRecordError,
+    KernelUnavailableError,
+)
 from diffveil_kernels.records import KernelRecord, read_cubin, read_records
+from diffveil_kernels.specs import SPECS, TARGETS
 
 __all__ = ["CudaCore", "DeviceLayer", "KernelLauncher", "pack_arguments", "record_for"]
 
@@ -123,7 +128,7 @@ class KernelLauncher:
 
         Raises:
             KernelUnavailableError: A kernel was not compiled for this GPU.
-            KernelRecordError: A kernel's file is damaged.
+            KernelRecordError: A kernel's file is damaged, or of another version.
             KernelInputError: An argument does not fit its parameter; nothing was enqueued.
         """
         ready = []
@@ -136,6 +141,16 @@ class KernelLauncher:
     def _load(self, name: str) -> tuple[KernelRecord, Any]:
         if name not in self._loaded:
             record = record_for(self._records, name, self._device.capability)
+            spec = SPECS[name]
+            # Grids and arguments are made for today's kernel: another would leave memory unwritten.
+            if (record.parameters, dict(record.constants)) != (
+                spec.parameters,
+                dict(spec.constants),
+            ):
+                raise KernelRecordError(
+                    f"kernel '{name}' was compiled by another version of diffveil: "
+                    "diffveil build BUNDLE --kernels"
+                )
             function = self._device.load(read_cubin(self._folder, record), record.entry)
             self._loaded[name] = record, function
         return self._loaded[name]
@@ -161,9 +176,14 @@ def record_for(records: Sequence[KernelRecord], name: str, capability: int) -> K
         and _TEGRA not in (record.target, capability)
     ]
     if not exact and not earlier:
+        remedy = (
+            f"diffveil build BUNDLE --kernels --target {capability}"
+            if capability in TARGETS
+            else f"there are kernels for {', '.join(f'{t / 10:.1f}' for t in TARGETS)} only"
+        )
         raise KernelUnavailableError(
             f"kernel '{name}' is not compiled for compute capability {capability / 10:.1f}: "
-            f"diffveil build BUNDLE --kernels --target {capability}"
+            f"{remedy}"
         )
     return max(exact or earlier, key=lambda record: record.target)
 

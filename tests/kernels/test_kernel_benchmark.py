@@ -75,8 +75,29 @@ def test_what_is_wrong_is_not_timed_and_the_rest_is(monkeypatch: pytest.MonkeyPa
     assert records[0]["compiled_problem"] == "RuntimeError: no compiler here"
     assert records[0]["torch_over_ours"] == 1.0
     assert "ours_us" not in records[1]
+    assert records[1]["problem"].startswith("wrong by {'triton': ")
     machine = dict.fromkeys(("gpu", "driver", "torch", "triton"), "?")
     assert kernels.table(machine, records).count("\n| ") == 3
+
+
+def test_a_kernel_that_crashes_is_recorded_and_the_rest_goes_on(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def crash(calls: object) -> None:
+        raise RuntimeError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(kernels, "_bandwidth", lambda: 1e12)
+    cases = kernel_cases("cpu", batch=1, size=16, photo=40)[:2]
+    records = kernels.measure(cases, {"triton": crash}, save=lambda records: None)
+    assert [record["correct"] for record in records] == [False, False]
+    assert all("RuntimeError: an illegal memory" in record["problem"] for record in records)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_apart_it_says_why_there_is_nothing() -> None:
+    records, why = kernels.measure_apart(1, 16, 40)
+    assert records == []
+    assert why.startswith("benchmarks.kernels measures on an NVIDIA GPU")
 
 
 def test_without_a_gpu_it_says_so(
@@ -101,9 +122,9 @@ def test_only_what_is_faster_than_both_other_ways_is_called_so() -> None:
     assert verdict(1.0, 4.0, 1.02).startswith("not faster")
     assert verdict(1.0, 4.0, None) == "faster"
     assert verdict(1.0, None, None).startswith("not faster")
-    record = {"case": "x", "bytes": 5, "floor_us": 1.0, "correct": False, "difference": {"t": 1.0}}
+    record = {"case": "x", "bytes": 5, "floor_us": 1.0, "correct": False, "problem": "?"}
     machine = dict.fromkeys(("gpu", "driver", "torch", "triton"), "?")
-    assert "WRONG" in kernels.table(machine, [record])
+    assert "FAILED: ?" in kernels.table(machine, [record])
 
 
 def test_bytes_are_counted_by_hand() -> None:

@@ -107,6 +107,18 @@ def test_calls_reach_the_driver_in_order_with_every_byte(folder: Path) -> None:
     assert second[1] == (1, 1, 1)
 
 
+def test_kernels_of_another_version_are_refused(folder: Path) -> None:
+    record = record_of("keyed_normal")
+    smaller = {**record.constants, "BLOCKS": int(record.constants["BLOCKS"]) // 2}
+    fewer = replace(record, parameters=record.parameters[:-1])
+    for other in (replace(record, constants=smaller), fewer):
+        (folder / RECORD_FILE).write_bytes(dump_records([other]))
+        device = WritingDown()
+        with pytest.raises(KernelRecordError, match="another version of diffveil"):
+            KernelLauncher(folder, device).run(keyed_normal_calls(1, 2, 3, 16), None)
+        assert not device.launched
+
+
 def test_a_step_names_its_tensors_in_the_kernels_order(folder: Path) -> None:
     device = WritingDown()
     tensors = StepBuffers(*(0x100 * (k + 1) for k in range(12)))
@@ -177,9 +189,11 @@ def test_the_kernel_of_the_gpus_own_kind_is_taken() -> None:
 
     assert [target(c) for c in (80, 86, 87, 89, 90, 100, 120)] == [80, 86, 87, 89, 90, 100, 120]
     assert record_for(records[:2], "keyed_normal", 89).target == 86  # an earlier one runs
-    for capability in (75, 103, 110, 121):
-        with pytest.raises(KernelUnavailableError, match=f"--target {capability}"):
+    for capability in (75, 103, 110, 121):  # the compiler has no such target to offer
+        with pytest.raises(KernelUnavailableError, match=r"kernels for 8\.0, .* 12\.0 only"):
             target(capability)
+    with pytest.raises(KernelUnavailableError, match="--target 90"):
+        record_for(records[:2], "keyed_normal", 90)
     with pytest.raises(KernelUnavailableError):
         record_for(records[:2], "keyed_normal", 87)  # Tegra: only its own
 

@@ -1,7 +1,7 @@
 """What `diffveil build --kernels` does: device kernels, compiled ahead of time beside a bundle.
 
-Kernels depend on no bundle. They lie in one all the same, where the runtime that loads its engines
-finds them.
+Kernels depend on no bundle. They lie in one all the same, beside its engines, where
+`diffveil_kernels.launch` is pointed at.
 """
 
 from __future__ import annotations
