@@ -12,10 +12,17 @@ __all__ = ["absent", "beside", "measured", "newest", "render"]
 
 
 def measured(file: Path, subject: str) -> set[tuple[str, str]]:
-    """Case and provider of all that a file has figures or a failure of, for one subject."""
+    """Case and provider of all that a file has figures or a failure of, for one subject.
+
+    What only lacked a package or a device is not among them: it may be there now.
+    """
     if not file.exists():
         return set()
-    return {(r.case, r.provider) for r in read(file) if r.config.get("subject") == subject}
+    return {
+        (r.case, r.provider)
+        for r in read(file)
+        if r.config.get("subject") == subject and not r.config.get("absent")
+    }
 
 
 def newest(results: Iterable[Result], subject: str) -> list[Result]:

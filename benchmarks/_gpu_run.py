@@ -126,7 +126,9 @@ class GpuRun:
         if names and why:
             self.say(f"  kernels are not run: {why}")
         for name in sorted(names):
-            self.recorder.not_run(f"kernel/{name}", "diffveil kernel", (why or "")[:2000])
+            self.recorder.not_run(
+                f"kernel/{name}", "diffveil kernel", (why or "")[:2000], absent=not records
+            )
 
     def programs(self, bundle: Bundle, backend: Backend) -> None:
         """Every program alone."""

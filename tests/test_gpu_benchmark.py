@@ -105,6 +105,8 @@ def test_a_program_that_fails_is_kept_with_its_reason(tmp_path: Path) -> None:
         ("hide/recipe, 1 at once", "recipe, PyTorch eager")
     }
     assert measured(tmp_path / "gpu.jsonl", "another") == set()
+    recorder.not_run("kernel/x", "diffveil kernel", "triton is not installed", absent=True)
+    assert len(measured(tmp_path / "gpu.jsonl", "s")) == 1
     run._keep_kernel({"case": "k", "bytes": 1, "correct": False, "problem": "wrong by 3"})
     assert recorder.results[-1].not_run == "FAILED: wrong by 3"
     right = {"case": "k", "bytes": 1, "correct": True, "verdict": "faster", "over_floor": 1.5}
