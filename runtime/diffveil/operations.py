@@ -10,7 +10,6 @@ an embedding, D width of a token, K latents of a noise map. Crops are RGB in [-1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -20,82 +19,18 @@ from diffveil.batching import MAX_BATCH, in_chunks
 from diffveil.denoising import Denoiser
 from diffveil.engines import Programs
 from diffveil.errors import OptionError
+from diffveil.facebatch import Crops, FaceBatch
 from diffveil.fused import Background, can_run_fused, run_fused
 from diffveil.guidance import IdentityGuidance
-from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
 from diffveil.samplers import SamplerTable, retrace
 from diffveil.sampling import Latent, Progress, add_noise, run
 from diffveil.wholeloops import run_whole
 
-__all__ = ["Crops", "FaceBatch", "FaceOperations"]
+__all__ = ["FaceOperations"]
 
 _F32: TypeAlias = NDArray[np.float32]
-
-
-class FaceBatch:
-    """Aligned crops and what the programs say about them, each asked at most once.
-
-    Not shared between threads: two would ask twice.
-
-    Args:
-        programs: Programs of the bundle.
-        crops: Float32 [N, 3, S, S], RGB in [-1, 1], N at least 1.
-        max_batch: Most rows of one program call.
-
-    Raises:
-        OptionError: The crops are not such an array.
-    """
-
-    def __init__(self, programs: Programs, crops: _F32, max_batch: int = MAX_BATCH) -> None:
-        size = programs.bundle.image_size
-        shape, dtype = list(np.shape(crops)), getattr(crops, "dtype", None)
-        if dtype != np.float32 or len(shape) != 4 or shape[1:] != [3, size, size] or not shape[0]:
-            raise OptionError(
-                f"crops: received {dtype} {shape}, expected float32 [N, 3, {size}, {size}], N ≥ 1"
-            )
-        self._programs = programs
-        self._max_batch = max_batch
-        self.crops = crops
-
-    def __len__(self) -> int:
-        return len(self.crops)
-
-    @cached_property
-    def masks(self) -> _F32:
-        """Where the face is in the latent: float32 [N, 1, s, s], 0 … 1.
-
-        An ellipse about the template, and within it what `parse` takes for the face, where the
-        bundle has that program: hair across the forehead and a hand at the chin stay the photo's.
-        """
-        bundle, size = self._programs.bundle, self._programs.bundle.dimensions.latent_size
-        mask = face_mask(bundle.image_size, bundle.template)
-        if not self._programs.can("parse"):
-            shape = (len(self.crops), 1, size, size)
-            return np.broadcast_to(latent_mask(mask, size), shape).astype(np.float32)
-        faces = in_chunks(self._programs.parse, self._max_batch, image=self.crops)
-        cut = [latent_mask(mask * face, size) for face in faces[:, 0].clip(0, 1)]
-        return np.stack(cut)[:, None]
-
-    @cached_property
-    def latents(self) -> Latent:
-        """Encoded crops, float32 [N, C, s, s]."""
-        return in_chunks(self._programs.encode, self._max_batch, image=self.crops)
-
-    @cached_property
-    def tokens(self) -> _F32:
-        """Stage tokens (key-E), float32 [N, 10, D]."""
-        return in_chunks(self._programs.embed, self._max_batch, image=self.crops)
-
-    @cached_property
-    def identities(self) -> _F32:
-        """Identity embeddings, float32 [N, E], unit length."""
-        return in_chunks(self._programs.recognize, self._max_batch, image=self.crops)
-
-
-Crops: TypeAlias = "FaceBatch | NDArray[np.float32]"
-"""Crops [N, 3, S, S], or the `FaceBatch` of them when several operations share it."""
 
 
 class FaceOperations:

@@ -21,8 +21,9 @@ from diffveil.batching import in_chunks
 from diffveil.bundle import Bundle
 from diffveil.denoising import Denoiser
 from diffveil.errors import OptionError
+from diffveil.facebatch import FaceBatch
 from diffveil.noise import NoiseKey
-from diffveil.operations import FaceBatch, FaceOperations
+from diffveil.operations import FaceOperations
 from diffveil.presets import PSEUDONYM
 from diffveil.samplers import dpm_solver
 from diffveil.sampling import Progress, run

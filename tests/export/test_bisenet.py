@@ -157,8 +157,8 @@ def test_bundles_hold_the_program(bundle: Bundle, tiny_bundle: Bundle) -> None:
 def test_what_is_no_face_stays_the_photos(bundle: Bundle, tiny_bundle: Bundle) -> None:
     """The latent mask is the ellipse times what the parser says, cell by cell."""
     from diffveil.engines import Programs
+    from diffveil.facebatch import FaceBatch
     from diffveil.masks import face_mask, latent_mask
-    from diffveil.operations import FaceBatch
 
     crops = np.random.default_rng(3).uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32)
     backend = ONNXRuntimeCPU(threads=1)
