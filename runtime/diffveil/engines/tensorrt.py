@@ -129,17 +129,13 @@ class TensorRT:
         # The library works in whatever context is current in this thread.
         lanes.device.activate()
         messages: list[str] = []
-        logger = message_logger(trt, messages)
-        runtime = trt.Runtime(logger)
         try:
-            engine = runtime.deserialize_cuda_engine(found.read())
-        except (RuntimeError, TypeError, ValueError) as error:
-            messages.append(str(error))
-            engine = None
-        if engine is None:
-            raise self._failed(program, "refuses the engine", messages)
-        if found.record.flags.get("strip_weights"):
-            self._refit(trt, engine, logger, bundle, found, messages)
+            engine = self._deserialised(trt, bundle, found, messages)
+        except DiffveilError:
+            raise
+        except Exception as error:  # the library's classes share no public base
+            messages.append(f"{type(error).__name__}: {error}")
+            raise self._failed(program, "cannot load the engine", messages) from error
         _log.debug("loaded engine %s of %s on %s", program, bundle.name, self.name)
         return NativeEngine(
             trt,
@@ -151,6 +147,18 @@ class TensorRT:
             graphs=self._graphs,
             kernels=KernelCache(found.path, self.name, lanes.device),
         )
+
+    def _deserialised(
+        self, trt: Any, bundle: Bundle, found: EngineFile, messages: list[str]
+    ) -> Any:
+        """The library's engine, complete; raises whatever the library does."""
+        logger = message_logger(trt, messages)
+        engine = trt.Runtime(logger).deserialize_cuda_engine(found.read())
+        if engine is None:
+            raise self._failed(found.record.program, "refuses the engine", messages)
+        if found.record.flags.get("strip_weights"):
+            self._refit(trt, engine, logger, bundle, found, messages)
+        return engine
 
     def _refit(
         self,
@@ -181,11 +189,13 @@ class TensorRT:
 
     def _module(self) -> Any:
         try:
-            return self._import(MODULES[self._name])
-        except (ImportError, OSError) as error:  # OSError: a library of CUDA is missing
+            module = self._import(MODULES[self._name])
+            _ = module.__version__  # folders that an uninstalled package leaves behind have none
+        except Exception as error:  # of a broken installation anything can come
             raise BackendUnavailableError(
                 f"{self._name} cannot be imported ({error}): pip install 'diffveil[{self._name}]'"
             ) from error
+        return module
 
     def _find(self, bundle: Bundle, program: str, *, check_contents: bool = True) -> EngineFile:
         target = self._find_gpu(self._ordinal)
