@@ -173,11 +173,13 @@ class NativeEngine:
                 loop = NativeLoop(members, shapes, carries, graphs=self._graphs)
 
             def done(loop: NativeLoop) -> None:
-                for engine in engines:
-                    engine._save_kernels()
-                if all(e._engine is not None for e in engines):
-                    self._lanes.loops.keep(key, loop, engines)
-                self._lanes.give(lane)
+                try:
+                    for engine in engines:
+                        engine._save_kernels()
+                    if all(e._engine is not None for e in engines):
+                        self._lanes.loops.keep(key, loop, engines)
+                finally:  # a lane that is not given back is waited for without limit
+                    self._lanes.give(lane)
 
             loop.begin(done)
         except BaseException:
