@@ -82,6 +82,11 @@ class EnginePool:
         return self._backends[self._at]
 
     @property
+    def remaining(self) -> tuple[Backend, ...]:
+        """The backends that have not failed, best first."""
+        return self._backends[self._at :]
+
+    @property
     def why(self) -> str:
         """Why it is that backend, in words."""
         return self._why

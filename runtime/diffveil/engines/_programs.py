@@ -46,9 +46,8 @@ class Programs:
         budget: MemoryBudget | None = None,
     ) -> None:
         self.bundle = bundle
-        self._backends = (backend, *others)
         self._examine, self._budget = examine, budget
-        self._pool = EnginePool(bundle, self._backends, examine=examine, why=why, budget=budget)
+        self._pool = EnginePool(bundle, (backend, *others), examine=examine, why=why, budget=budget)
 
     @property
     def backend(self) -> Backend:
@@ -102,13 +101,14 @@ class Programs:
             why: Why, in words.
 
         Returns:
-            Programs with engines of their own; None where this is not one of the backends, where
-            these are closed, and where memory is limited: it would be needed twice.
+            Programs with engines of their own; None where this is not one of the backends or has
+            failed, where these are closed, and where memory is limited: it would be needed twice.
         """
-        first = [b for b in self._backends if b.name == name]
+        remaining = self._pool.remaining
+        first = [b for b in remaining if b.name == name]
         if not first or self._pool.closed or self._budget is not None:
             return None
-        others = [b for b in self._backends if b.name != name]
+        others = [b for b in remaining if b.name != name]
         return Programs(
             self.bundle,
             first[0],
