@@ -11,7 +11,9 @@ import importlib
 import shutil
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -191,6 +193,22 @@ def test_a_handed_over_loop_equals_single_steps(
         with pytest.raises(EngineError, match=r"fed wrongly: timestep: received"):
             third.run(wrong, ["step"])
         third.close()
+
+
+def test_a_kept_loop_is_not_used_for_other_carries(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    engine: Any = machine.backend.load(engines, "denoise")
+    feed = {name: step_inputs(rng, 2)[name] for name in ("latent", "timestep", "conditioning")}
+    expected = ONNXRuntimeCPU(1).load(engines, "denoise").run(**feed)["epsilon"]
+    for carry in ((("epsilon", "latent"),), ()):
+        with closing(engine.loop(2, carry)) as loop:
+            loop.put(**feed)
+            loop.step()
+            np.testing.assert_array_equal(loop.get("epsilon"), expected)
+            loop.step()
+            assert np.array_equal(loop.get("epsilon"), expected) == (not carry)
+    engine.close()
 
 
 @pytest.mark.parametrize("capturable", [None, False])
