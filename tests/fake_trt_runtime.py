@@ -47,6 +47,7 @@ class FakeTensorRT:
         capturable: What contexts say about being captured; None: they cannot say.
         caches: Runtime caches that were made; None: the library has none.
         compiled: Engines whose kernels no cache had.
+        by_shapes: Whether contexts say how much memory their shapes need.
         refuse: Message with which deserialising fails, if any.
         raises: Names of functions that raise an error of the library's own.
         spoilt: Programs whose outputs are NaN.
@@ -62,7 +63,7 @@ class FakeTensorRT:
         self.refitted: list[str] = []
         self.capturable: bool | None = True
         self.caches: list[FakeCache] | None = [] if rtx else None
-        self.compiled = 0
+        self.compiled, self.by_shapes = 0, rtx
         self.refuse = ""
         self.raises: set[str] = set()
         self.spoilt: set[str] = set()
@@ -131,7 +132,7 @@ class FakeCache:
 
 class _Engine:
     def __init__(self, trt: FakeTensorRT, content: dict[str, Any]) -> None:
-        self.trt, self.scratch = trt, int(content["scratch"])
+        self.trt, self.scratch, self.most = trt, int(content["scratch"]), int(content["most"])
         self.program = Path(content["onnx"]).stem
         self.filled = not content["stripped"]
         self.session = ort.InferenceSession(
@@ -184,6 +185,9 @@ class _Context:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
+        self._needed = engine.scratch
+        if engine.trt.by_shapes:
+            self.update_device_memory_size_for_shapes = self._for_shapes
         self.is_stream_capturable: Any = None
         del self.is_stream_capturable
 
@@ -204,8 +208,14 @@ class _Context:
 
     def set_device_memory(self, address: int, size: int) -> None:
         self._engine.trt.entered("set_device_memory")
-        assert size >= self._engine.scratch
+        assert size >= self._needed
         self._scratch = address, size
+
+    def _for_shapes(self) -> int:
+        self._engine.trt.entered("update_device_memory_size_for_shapes")
+        (rows,) = {shape[0] for shape in self._shapes.values()}
+        self._needed = self._engine.scratch * rows // self._engine.most
+        return self._needed
 
     def execute_async_v3(self, stream: int) -> bool:
         self._engine.trt.entered("execute_async_v3")
@@ -257,6 +267,7 @@ def write_engines(
         content = {
             "onnx": str(path),
             "scratch": scratch * (1 + position),
+            "most": max(batch),
             "stripped": stripped,
         }
         data = json.dumps(content).encode()

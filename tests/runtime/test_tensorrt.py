@@ -107,6 +107,24 @@ def test_programs_share_one_activation_memory(
         assert machine.driver.used - before == tensors
 
 
+@pytest.mark.parametrize("by_shapes", [True, False])
+def test_activation_memory_is_what_the_rows_of_a_call_need(
+    by_shapes: bool, engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    """Where the library can say; elsewhere what the largest batch needs."""
+    machine.trt.by_shapes = by_shapes
+    engine = machine.backend.load(engines, "recognize")
+    whole = 4096 * (1 + list(engines.manifest.programs).index("recognize"))
+    tensors = 0
+    for rows in (1, 3, 8):
+        for _ in range(3):
+            image = crops(rng, rows)
+            engine.run(image=image)
+        tensors += image.nbytes + rows * 20 * 4
+        assert machine.driver.used == tensors + (whole * rows // 8 if by_shapes else whole)
+    engine.close()
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_loop_equals_the_one_on_the_cpu(
@@ -365,6 +383,7 @@ def test_the_real_library_has_every_name_that_is_called() -> None:
             "set_device_memory",
             "execute_async_v3",
             "is_stream_capturable",
+            "update_device_memory_size_for_shapes",
         ),
         trt.IRuntimeConfig: (
             "set_execution_context_allocation_strategy",

@@ -41,13 +41,13 @@ class Execution:
     ) -> None:
         self.lane, self._record = lane, record
         with foreign(f"program '{record.program}': no execution context could be made"):
-            self._size = int(engine.device_memory_size_v2)
             self._context = _context(trt, engine, kernels)
             if self._context is None:
                 raise EngineError(f"program '{record.program}': no execution context could be made")
             for name in record.inputs:
                 if not self._context.set_input_shape(name, shapes[name]):
                     raise EngineError(f"program '{record.program}' refuses {name} {shapes[name]}")
+            self._size = _scratch_bytes(engine, self._context)
 
     @property
     def tensors(self) -> tuple[Mapping[str, str], Mapping[str, str]]:
@@ -56,7 +56,7 @@ class Execution:
 
     @property
     def scratch_bytes(self) -> int:
-        """Activation memory that the engine needs."""
+        """Activation memory that the engine needs at that batch size."""
         return self._size
 
     def scratch(self, least: int = 0) -> int:
@@ -94,6 +94,14 @@ class Execution:
 
     def _foreign(self, what: str) -> AbstractContextManager[None]:
         return foreign(f"program '{self._record.program}' {what}")
+
+
+def _scratch_bytes(engine: Any, context: Any) -> int:
+    """Activation memory for the shapes that a context was given."""
+    ask = getattr(context, "update_device_memory_size_for_shapes", None)
+    needed = 0 if ask is None else int(ask())
+    # A library that cannot say, or says nothing: what the largest shapes of the profile need.
+    return needed if needed > 0 else int(engine.device_memory_size_v2)
 
 
 def _context(trt: Any, engine: Any, kernels: KernelCache | None) -> Any:
