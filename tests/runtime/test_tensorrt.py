@@ -320,6 +320,23 @@ def test_what_the_library_refuses_is_said_in_its_words(engines: Bundle, machine:
         machine.backend.load(engines, "encode")
 
 
+def test_an_engine_is_hashed_once(
+    engines: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr("diffveil.engines.records._hash", lambda stream: read.append("twice"))
+    machine.backend.load(engines, "encode").close()
+    assert not read
+
+
+def test_a_damaged_engine_is_refused(own_engines: Bundle, machine: Machine) -> None:
+    folder = write_engines(own_engines, programs=("encode",))
+    data = (folder / "encode.engine").read_bytes()
+    (folder / "encode.engine").write_bytes(data[:-1] + b" ")
+    with pytest.raises(EngineError, match="differs from its record: sha256"):
+        machine.backend.load(own_engines, "encode")
+
+
 @pytest.fixture
 def own_engines(engines: Bundle, tmp_path: Path) -> Bundle:
     """A copy that may be changed, without engines."""

@@ -24,7 +24,7 @@ from diffveil.programs import Dimensions, ProgramSpec, check_inputs
 __all__ = ["NativeEngine"]
 
 _KEPT = 4
-"""Batch sizes of a lane for which an engine keeps buffers and graphs."""
+"""Batch sizes, on all lanes together, for which an engine keeps buffers and graphs."""
 
 
 class _Bound:

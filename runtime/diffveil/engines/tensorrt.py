@@ -102,7 +102,7 @@ class TensorRT:
         missing = []
         for program in bundle.manifest.programs:
             try:
-                self._find(bundle, program, check_contents=False)
+                self._find(bundle, program)
             except DiffveilError as error:
                 missing.append(str(error))
         if missing:
@@ -117,14 +117,13 @@ class TensorRT:
             EngineError: An engine is missing or may not be loaded.
         """
         return min(
-            self._find(bundle, program, check_contents=False).record.max_batch
-            for program in bundle.manifest.programs
+            self._find(bundle, program).record.max_batch for program in bundle.manifest.programs
         )
 
     def load(self, bundle: Bundle, program: str) -> Engine:
         """Deserialise the engine of one program; see `Backend.load`."""
         trt = self._module()
-        found = self._find(bundle, program)
+        found = self._find(bundle, program)  # hashed when it is read
         lanes = self._open()
         # The library works in whatever context is current in this thread.
         lanes.device.activate()
@@ -197,14 +196,12 @@ class TensorRT:
             ) from error
         return module
 
-    def _find(self, bundle: Bundle, program: str, *, check_contents: bool = True) -> EngineFile:
+    def _find(self, bundle: Bundle, program: str) -> EngineFile:
         target = self._find_gpu(self._ordinal)
         if target is None:
             raise BackendUnavailableError(f"{self._name}: no NVIDIA GPU or driver was found")
         version = str(self._module().__version__)
-        return find_engine(
-            bundle, program, self._name, version, target, check_contents=check_contents
-        )
+        return find_engine(bundle, program, self._name, version, target, check_contents=False)
 
     def _open(self) -> Lanes:
         with self._lock:
