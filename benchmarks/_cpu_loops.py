@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,9 @@ class _PlainPrograms(Programs):
 
     def engine(self, program: str) -> Engine:
         return self._others.engine(program)
+
+    def held(self, programs: Iterable[str]) -> AbstractContextManager[None]:
+        return self._others.held(programs)
 
     def step_loop(self, rows: int) -> Loop:
         return PlainLoop(self.engine("step"), STEP_CARRY)

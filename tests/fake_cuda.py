@@ -48,7 +48,7 @@ class FakeDriver:
 
     Attributes:
         calls: How often each was called.
-        fail: Functions that report an error at their next calls.
+        fail: Functions that report an error, or raise it, at their next calls.
         total: Bytes of device memory.
     """
 
@@ -58,7 +58,7 @@ class FakeDriver:
 
     def __init__(self, total: int = 1 << 30) -> None:
         self.calls: dict[str, int] = {}
-        self.fail: dict[str, Status] = {}
+        self.fail: dict[str, Status | Exception] = {}
         self.total = total
         self.blocks: dict[int, Any] = {}
         self.pinned: dict[int, Any] = {}
@@ -75,9 +75,10 @@ class FakeDriver:
 
         def counted(*arguments: Any) -> Any:
             self.calls[name] = self.calls.get(name, 0) + 1
-            if name in self.fail:
-                return (self.fail[name],)
-            return value(*arguments)
+            fault = self.fail.get(name)
+            if isinstance(fault, Exception):
+                raise fault
+            return value(*arguments) if fault is None else (fault,)
 
         return counted
 

@@ -47,7 +47,10 @@ class FakeTensorRT:
         capturable: What contexts say about being captured; None: they cannot say.
         caches: Runtime caches that were made; None: the library has none.
         compiled: Engines whose kernels no cache had.
+        by_shapes: Whether contexts say how much memory their shapes need.
         refuse: Message with which deserialising fails, if any.
+        raises: Names of functions that raise an error of the library's own.
+        spoilt: Programs whose outputs are NaN.
     """
 
     __version__ = VERSION
@@ -60,14 +63,24 @@ class FakeTensorRT:
         self.refitted: list[str] = []
         self.capturable: bool | None = True
         self.caches: list[FakeCache] | None = [] if rtx else None
-        self.compiled = 0
+        self.compiled, self.by_shapes = 0, rtx
         self.refuse = ""
+        self.raises: set[str] = set()
+        self.spoilt: set[str] = set()
         self.refit_fails = False
         if rtx:
             self.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager")
 
+    def entered(self, function: str) -> None:
+        """Told of every function that is called."""
+        if function in self.raises:
+            raise RuntimeError(f"{function} is broken")
+
     def Runtime(self, logger: Any) -> Any:
+        self.entered("Runtime")
+
         def deserialize(data: bytes) -> Any:
+            self.entered("deserialize_cuda_engine")
             if self.refuse:
                 logger.log(Severity.ERROR, self.refuse)
                 return None
@@ -77,6 +90,8 @@ class FakeTensorRT:
         return SimpleNamespace(deserialize_cuda_engine=deserialize)
 
     def Refitter(self, engine: Any, logger: Any) -> Any:
+        self.entered("Refitter")
+
         def refit() -> bool:
             engine.filled = True
             return True
@@ -98,32 +113,43 @@ class FakeCache:
     """A runtime cache; it takes what another one gave, and refuses anything else."""
 
     def __init__(self, trt: FakeTensorRT) -> None:
-        self.kernels = b""
+        self.kernels, self._trt = b"", trt
+        trt.entered("create_runtime_cache")
         assert trt.caches is not None
         trt.caches.append(self)
 
     def deserialize(self, data: bytes) -> bool:
+        self._trt.entered("deserialize")
         if data != b"kernels":
             return False
         self.kernels = data
         return True
 
     def serialize(self) -> bytes:
+        self._trt.entered("serialize")
         return self.kernels
 
 
 class _Engine:
     def __init__(self, trt: FakeTensorRT, content: dict[str, Any]) -> None:
-        self.trt, self.device_memory_size_v2 = trt, content["scratch"]
+        self.trt, self.scratch, self.most = trt, int(content["scratch"]), int(content["most"])
+        self.program = Path(content["onnx"]).stem
         self.filled = not content["stripped"]
         self.session = ort.InferenceSession(
             content["onnx"], session_options(1), providers=["CPUExecutionProvider"]
         )
 
+    @property
+    def device_memory_size_v2(self) -> int:
+        self.trt.entered("device_memory_size_v2")
+        return self.scratch
+
     def create_runtime_config(self) -> Any:
+        self.trt.entered("create_runtime_config")
         config = SimpleNamespace(strategy=None, cache=None)
 
         def use(cache: FakeCache) -> bool:
+            self.trt.entered("set_runtime_cache")
             config.cache = cache
             return True
 
@@ -138,6 +164,7 @@ class _Engine:
         return config
 
     def create_execution_context(self, how: Any) -> Any:
+        self.trt.entered("create_execution_context")
         if isinstance(how, SimpleNamespace):
             assert how.dynamic_shapes_kernel_specialization_strategy == "eager"
             if how.cache is not None and how.cache.kernels == b"":
@@ -148,7 +175,7 @@ class _Engine:
         self.trt.contexts += 1
         context = _Context(self)
         if self.trt.capturable is not None:
-            context.is_stream_capturable = lambda stream: self.trt.capturable
+            context.is_stream_capturable = context.says_capturable
         return context
 
 
@@ -158,23 +185,40 @@ class _Context:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._addresses: dict[str, int] = {}
         self._scratch = (0, 0)
+        self._needed = engine.scratch
+        if engine.trt.by_shapes:
+            self.update_device_memory_size_for_shapes = self._for_shapes
         self.is_stream_capturable: Any = None
         del self.is_stream_capturable
 
+    def says_capturable(self, stream: int) -> bool:
+        self._engine.trt.entered("is_stream_capturable")
+        return bool(self._engine.trt.capturable)
+
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
+        self._engine.trt.entered("set_input_shape")
         self._shapes[name] = tuple(shape)
         return True
 
     def set_tensor_address(self, name: str, address: int) -> bool:
+        self._engine.trt.entered("set_tensor_address")
         assert address % 256 == 0
         self._addresses[name] = address
         return True
 
     def set_device_memory(self, address: int, size: int) -> None:
-        assert size >= self._engine.device_memory_size_v2
+        self._engine.trt.entered("set_device_memory")
+        assert size >= self._needed
         self._scratch = address, size
 
+    def _for_shapes(self) -> int:
+        self._engine.trt.entered("update_device_memory_size_for_shapes")
+        (rows,) = {shape[0] for shape in self._shapes.values()}
+        self._needed = self._engine.scratch * rows // self._engine.most
+        return self._needed
+
     def execute_async_v3(self, stream: int) -> bool:
+        self._engine.trt.entered("execute_async_v3")
         addresses, scratch, session = dict(self._addresses), self._scratch, self._engine.session
 
         def work() -> Status:
@@ -195,6 +239,8 @@ class _Context:
                 if not self._driver.valid(addresses[name], array.nbytes):
                     return Status.CUDA_ERROR_ILLEGAL_ADDRESS
                 array = np.ascontiguousarray(array)
+                if self._engine.program in self._engine.trt.spoilt:
+                    array = np.full_like(array, np.nan)
                 ctypes.memmove(addresses[name], array.ctypes.data, array.nbytes)
             return Status.CUDA_SUCCESS
 
@@ -221,6 +267,7 @@ def write_engines(
         content = {
             "onnx": str(path),
             "scratch": scratch * (1 + position),
+            "most": max(batch),
             "stripped": stripped,
         }
         data = json.dumps(content).encode()

@@ -126,7 +126,8 @@ def run_fused(
     parts = chunks(len(x), max_batch, guidance.variants)
 
     def work() -> Latent:
-        return finite(table, fused.run(programs, parts))
+        with programs.held(["step"]):
+            return finite(table, fused.run(programs, parts))
 
     # A backend that fails in the middle has lost the loop's tensors: the next one begins anew.
     return programs.attempt(work)

@@ -79,16 +79,18 @@ def run_whole(
     parts = chunks(len(x), max_batch, 1 if guidance is None else guidance.variants)
     pair = x, x if x_prev is None else x_prev
 
+    names = tuple(dict.fromkeys(name for name, _ in calls))
+
     def work() -> tuple[Latent, Latent] | None:
         results = []
-        for part in parts:
-            names = tuple(dict.fromkeys(name for name, _ in calls))
-            loop = programs.whole_loop(names, part.stop - part.start, _CARRIES)
-            if loop is None:  # the backend that took over takes none
-                return None
-            # One at a time: a loop holds a stream, and there may be but one.
-            with closing(loop):
-                results.append(_run_part(loop, calls, pair, guidance, part))
+        with programs.held(names):
+            for part in parts:
+                loop = programs.whole_loop(names, part.stop - part.start, _CARRIES)
+                if loop is None:  # the backend that took over takes none
+                    return None
+                # One at a time: a loop holds a stream, and there may be but one.
+                with closing(loop):
+                    results.append(_run_part(loop, calls, pair, guidance, part))
         after, before = (np.concatenate(latents) for latents in zip(*results, strict=True))
         return finite(table, after), before
 

@@ -124,6 +124,14 @@ def test_options_reach_the_builder_and_the_record(bundle: Bundle) -> None:
     }
 
 
+def test_engines_that_could_not_be_filled_again_are_refused(bundle: Bundle) -> None:
+    """The runtime fills engines from the bundle's own file, whose weights are stored otherwise."""
+    options = BuildOptions(programs=("decode",), native=NativeOptions(strip_weights=True))
+    with pytest.raises(OptionError, match=r"'decode' compactly.* give `--weights stored`"):
+        build_engines(bundle, tensorrt(), options)
+    assert not snapshot(bundle)
+
+
 def test_the_timing_cache_is_read_and_rewritten(bundle: Bundle, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
     cache.write_bytes(b"old")

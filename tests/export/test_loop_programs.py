@@ -20,9 +20,7 @@ from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
 from diffveil.cli.main import main
-from diffveil.engines import BackendWarning, Engine, ONNXRuntimeCPU, Programs, Scheduled, TensorRT
-from diffveil.engines.onnxrt import open_session
-from diffveil.engines.onnxrt_cuda import BoundEngine
+from diffveil.engines import ONNXRuntimeCPU, Programs, Scheduled, TensorRT
 from diffveil.errors import EngineError, OptionError
 from diffveil.golden import check_backend
 from diffveil.noise import NoiseKey
@@ -38,7 +36,8 @@ from diffveil_export.loop_programs import add_loop_programs
 from diffveil_export.step_parts import Advance
 from diffveil_export.verify import ParityError
 from fake_cuda import FakeDriver
-from fake_trt_runtime import TARGET, FakeTensorRT, write_engines
+from fake_trt_runtime import TARGET, FakeTensorRT
+from looping_cpu import LoopingCPU
 
 F32 = NDArray[np.float32]
 _PLAIN_HIDE = PRESETS["fast"].hide.fitting(has_few=False)
@@ -64,19 +63,6 @@ PLANS = {
 }
 
 
-class LoopingCPU(ONNXRuntimeCPU):
-    """What a GPU gets of ONNX Runtime, on the host's memory."""
-
-    name = "looping"
-    takes_loops = True
-
-    def load(self, bundle: Bundle, program: str) -> Engine:
-        session, spec = open_session(
-            bundle, program, self.options, ["CPUExecutionProvider"], self.name, ""
-        )
-        return BoundEngine(session, spec, bundle.dimensions, ("cpu", 0))
-
-
 class Recording(Programs):
     """Programs that keep what was handed over."""
 
@@ -89,13 +75,6 @@ class Recording(Programs):
         if loop is not None:
             self.loops.append(tuple(programs))
         return loop
-
-
-@pytest.fixture(scope="module")
-def looped(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    bundle = add_loop_programs(tiny_bundle, tmp_path_factory.mktemp("looped") / "bundle")
-    write_engines(bundle)
-    return bundle
 
 
 @pytest.fixture(scope="module")
@@ -201,24 +180,6 @@ def test_parts_are_bounded_and_progress_is_told(looping: Recording, plain: Progr
     assert len(looping.loops) == 2
     steps = len(plan.table(NoiseSchedule()).steps)
     assert told == [(i + 1, steps) for i in range(steps)]
-
-
-def test_a_loop_that_fails_begins_anew_on_the_next_backend(looped: Bundle, plain: Programs) -> None:
-    class Broken(LoopingCPU):
-        name = "broken"
-
-        def load(self, bundle: Bundle, program: str) -> Engine:
-            engine = super().load(bundle, program)
-            if program == "advance":
-                engine._session = None  # type: ignore[attr-defined]
-            return engine
-
-    with (
-        Programs(looped, Broken(threads=1), others=[ONNXRuntimeCPU(threads=1)]) as programs,
-        pytest.warns(BackendWarning, match="'broken' failed and 'cpu' runs instead"),
-    ):
-        ours = protect(programs, _HIDE, 2, 1)
-    np.testing.assert_array_equal(ours, protect(plain, _HIDE, 2, 1))
 
 
 def test_what_is_not_finite_is_an_error(looping: Recording) -> None:

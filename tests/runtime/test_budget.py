@@ -91,6 +91,18 @@ def test_programs_are_unloaded_between_phases_and_results_stay(
     assert difference.max() <= 2
 
 
+def test_what_is_held_is_not_unloaded_for_others(tiny_bundle: Bundle) -> None:
+    """As another thread's calls would while a loop runs."""
+    budget = MemoryBudget.plan(tiny_bundle, smallest(tiny_bundle), 32)
+    with Programs(tiny_bundle, ONNXRuntimeCPU(1), budget=budget) as programs:
+        with programs.held(["denoise", "not in the bundle"]):
+            engine = programs.engine("denoise")
+            programs.preload(["guide", "decode"])
+            assert programs.engine("denoise") is engine
+        programs.preload(["guide", "decode"])
+        assert "denoise" not in programs._pool._loaded
+
+
 def test_enough_memory_unloads_nothing(tiny_bundle: Bundle, rng: np.random.Generator) -> None:
     with Protector.load(tiny_bundle, backend="cpu", max_memory="4 GiB") as protector:
         assert protector.programs.max_batch == 32

@@ -156,14 +156,16 @@ def test_threads_fall_back_together(tiny_bundle: Bundle, latent: np.ndarray) -> 
     assert faulty.open == 0
 
 
-def test_auto_takes_the_fastest_that_passes(
+def test_auto_takes_the_first_that_passes(
     tiny_bundle: Bundle, latent: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cpu = ONNXRuntimeCPU(threads=1)
     _register(monkeypatch, wrong=FaultyBackend(cpu, "wrong", "wrong"), right=FaultyBackend(cpu))
     with Protector.load(tiny_bundle, backend="auto", verify=True) as protector:
         assert protector.backend == "faulty"
-        assert "wrong cannot: always; backend 'wrong' computes" in protector.backend_reason
+        reason = protector.backend_reason
+        assert reason.startswith("the first that can run here, in the expected order of speed; ")
+        assert "wrong cannot: always; backend 'wrong' computes" in reason
     with Protector.load(tiny_bundle) as protector:
         assert protector.backend == "wrong"
         with pytest.warns(BackendWarning, match="it computes something else than PyTorch did"):

@@ -12,6 +12,7 @@ import pytest
 
 from diffveil.bundle import Bundle
 from diffveil.engines import TensorRT
+from diffveil.engines.native import NativeEngine
 from diffveil.engines.records import engine_folder
 from fake_cuda import FakeDriver
 from fake_trt_runtime import TARGET, VERSION, FakeTensorRT, write_engines
@@ -27,10 +28,13 @@ def bundle(tiny_bundle: Bundle, tmp_path: Path) -> Bundle:
     return bundle
 
 
-def encode(bundle: Bundle, *, rtx: bool = True, rows: tuple[int, ...] = (1, 2, 2)) -> FakeTensorRT:
+def encode(
+    bundle: Bundle, *, rtx: bool = True, rows: tuple[int, ...] = (1, 2, 2), broken: str = ""
+) -> FakeTensorRT:
     """What a process does that runs an engine a few times."""
     driver = FakeDriver()
     trt = FakeTensorRT(driver, rtx=rtx)
+    trt.raises.add(broken)
     backend = TensorRT(
         driver=driver, import_module=lambda name: trt, find_gpu=lambda ordinal: TARGET
     )
@@ -93,6 +97,43 @@ def test_what_cannot_be_written_costs_nothing(
             assert encode(bundle).compiled == 1
         assert not file_of(bundle).exists()
         assert not list(file_of(bundle).parent.glob(".kernels-*"))
+
+
+@pytest.mark.parametrize("broken", ["create_runtime_cache", "set_runtime_cache", "serialize"])
+def test_a_library_that_raises_keeps_nothing_and_computes_all_the_same(
+    bundle: Bundle, broken: str
+) -> None:
+    encode(bundle, broken=broken)
+    assert not file_of(bundle).exists()
+
+
+def test_a_cache_that_the_library_cannot_read_is_passed_over(bundle: Bundle) -> None:
+    encode(bundle)
+    with pytest.warns(RuntimeWarning, match="passed over and compiled again"):
+        assert encode(bundle, broken="deserialize").compiled == 1
+
+
+def test_a_loop_gives_its_stream_back_whatever_is_kept(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = FakeDriver()
+    trt = FakeTensorRT(driver)
+    backend = TensorRT(
+        driver=driver, import_module=lambda name: trt, find_gpu=lambda ordinal: TARGET
+    )
+    engine = backend.load(bundle, "encode")
+    assert isinstance(engine, NativeEngine)
+
+    def refuse() -> None:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(engine, "_save_kernels", refuse)
+    loop = engine.loop(1, ())
+    assert not engine._lanes._free
+    with pytest.raises(RuntimeError, match="no"):
+        loop.close()
+    assert len(engine._lanes._free) == 1
+    engine.close()
 
 
 def test_libraries_without_such_caches_go_without(bundle: Bundle) -> None:

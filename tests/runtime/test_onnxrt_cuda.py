@@ -137,6 +137,46 @@ def test_captured_calls_never_share_a_number(
     assert len(numbers) == len(set(numbers)) == 6
 
 
+@pytest.mark.parametrize("how", ["loop", "whole loop", "unbindable"])
+def test_sessions_that_capture_take_one_call_at_a_time_and_capture_no_loop(
+    how: str, tiny_bundle: Bundle, asked: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Options:
+        def add_run_config_entry(self, key: str, value: str) -> None:
+            self.entry = (key, value)
+
+    monkeypatch.setattr(ort, "RunOptions", Options)
+    engine = backend(cuda_graphs=True).load(tiny_bundle, "recognize")
+    assert isinstance(engine, BoundEngine)
+    seen: list[tuple[str, str]] = []
+
+    def run(*arguments: Any) -> Any:
+        seen.append(arguments[-1].entry)
+        others = threading.Thread(target=lambda: taken.append(engine._lock.acquire(timeout=0.05)))
+        others.start()
+        others.join()
+        return [np.zeros((1, 20), np.float32)]
+
+    taken: list[bool] = []
+    image = np.zeros((1, 3, 32, 32), np.float32)
+    monkeypatch.setattr(engine._session, "run", run, raising=False)
+    monkeypatch.setattr(engine._session, "run_with_iobinding", run, raising=False)
+    if how == "unbindable":
+        engine._bindable = False
+        engine.run(image=image)
+    elif how == "loop":
+        loop = engine.loop(1, ())
+        loop.put(image=image)
+        loop.step()
+    else:
+        whole = engine.join([], 1, {})
+        assert whole is not None
+        whole.put(image=image)
+        whole.run({}, ["recognize"])
+    assert seen == [("gpu_graph_id", "-1")]
+    assert taken == [False]
+
+
 @pytest.mark.parametrize("provider", list(PROVIDERS))
 def test_providers_are_asked_in_order(
     provider: Provider, tiny_bundle: Bundle, asked: list[Any]

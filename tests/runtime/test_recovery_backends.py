@@ -7,6 +7,7 @@ sums run in another order.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from benchmarks.recovery import across
 
 from diffveil import Protector
 from diffveil.bundle import Bundle
-from diffveil.engines import ONNXRuntimeCPU, Programs
+from diffveil.engines import BackendWarning, ONNXRuntimeCPU, Programs
 from diffveil.operations import FaceOperations
 from diffveil.presets import PRESETS
 from diffveil.recovery import CROSS_BACKEND_LOSS
@@ -87,6 +88,26 @@ def test_recovery_prefers_the_backend_that_made_the_key(
     assert len(slow.loaded) == before  # its engines are kept
     protector.close()
     assert slow.open == fast.open == 0
+
+
+def test_a_backend_that_has_failed_is_not_asked_again(
+    two: tuple[Bundle, FaultyBackend, FaultyBackend], detector: ListedDetector, group: Pixels
+) -> None:
+    bundle, fast, slow = two
+    protector = Protector(Programs(bundle, fast, others=[slow]), detector=detector)
+    made = protector.anonymize(group, seed=1)
+    assert made.key is not None
+    fast.fault = "run"
+    with pytest.warns(BackendWarning):
+        protector.anonymize(group, seed=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        back = protector.recover(made.image, made.key)
+    assert (back.backend, back.expected_loss) == ("slow", CROSS_BACKEND_LOSS["float32"])
+    assert protector.programs.preferring("fast", "it was fast") is None
+    again = protector.programs.preferring("slow", "it is left")
+    assert again is not None
+    assert again._pool.remaining == (slow,)
 
 
 def test_where_it_cannot_run_the_expected_loss_is_said(

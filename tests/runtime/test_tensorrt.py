@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import gc
 import importlib
-import re
 import shutil
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -22,49 +21,15 @@ import pytest
 import diffveil.engines._cuda as cuda
 from diffveil.batching import MAX_BATCH
 from diffveil.bundle import Bundle
-from diffveil.engines import BackendWarning, ONNXRuntimeCPU, Programs, TensorRT, WholeLoop
+from diffveil.engines import ONNXRuntimeCPU, Programs, TensorRT, WholeLoop
 from diffveil.errors import BackendUnavailableError, EngineError, OptionError
 from diffveil.golden import require_golden
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
-from diffveil.presets import PRESETS
 from diffveil.protector import Protector
 from fake_cuda import FakeDriver, Status
+from fake_machine import PLAN, Machine, crops, driver_functions, step_inputs
 from fake_trt_runtime import TARGET, FakeTensorRT, write_engines
-
-PLAN = replace(
-    PRESETS["balanced"].anonymize.fitting(has_few=False), sampler="ddim", steps=8, fresh_noise=0.7
-)
-"""One gradient at every step, so that loops of `step` run it; short."""
-
-
-@pytest.fixture(scope="module")
-def engines(tiny_bundle_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A bundle with program `step` and engines of every program. Read only."""
-    from diffveil_export.step import fuse_step
-
-    folder = tmp_path_factory.mktemp("engines") / "bundle"
-    bundle = fuse_step(Bundle.load(tiny_bundle_path), folder)
-    write_engines(bundle)
-    return bundle
-
-
-class Machine:
-    """A fake GPU, its driver and its TensorRT-RTX."""
-
-    def __init__(self, **options: Any) -> None:
-        self.driver = FakeDriver()
-        self.trt = FakeTensorRT(self.driver)
-        self.backend = TensorRT(
-            options.pop("name", "tensorrt-rtx"),
-            driver=self.driver,
-            import_module=lambda name: self.trt,
-            find_gpu=lambda ordinal: TARGET,
-            **options,
-        )
-
-    def count(self, function: str) -> int:
-        return self.driver.calls.get(function, 0)
 
 
 @pytest.fixture
@@ -77,10 +42,6 @@ def machine() -> Iterator[Machine]:
     assert not machine.driver.graphs
     assert not machine.driver.executables
     assert not machine.driver.queues
-
-
-def crops(rng: np.random.Generator, faces: int) -> np.ndarray:
-    return rng.uniform(-1, 1, (faces, 3, 32, 32)).astype(np.float32)
 
 
 def test_every_program_computes_what_it_should(engines: Bundle, machine: Machine) -> None:
@@ -146,6 +107,24 @@ def test_programs_share_one_activation_memory(
         assert machine.driver.used - before == tensors
 
 
+@pytest.mark.parametrize("by_shapes", [True, False])
+def test_activation_memory_is_what_the_rows_of_a_call_need(
+    by_shapes: bool, engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    """Where the library can say; elsewhere what the largest batch needs."""
+    machine.trt.by_shapes = by_shapes
+    engine = machine.backend.load(engines, "recognize")
+    whole = 4096 * (1 + list(engines.manifest.programs).index("recognize"))
+    tensors = 0
+    for rows in (1, 3, 8):
+        for _ in range(3):
+            image = crops(rng, rows)
+            engine.run(image=image)
+        tensors += image.nbytes + rows * 20 * 4
+        assert machine.driver.used == tensors + (whole * rows // 8 if by_shapes else whole)
+    engine.close()
+
+
 @pytest.mark.parametrize("graphs", [True, False])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_loop_equals_the_one_on_the_cpu(
@@ -198,22 +177,9 @@ def test_a_handed_over_loop_equals_single_steps(
     """The same values put step by step and handed over at once, three times each."""
     from diffveil.engines import Scheduled
 
-    shape = (2, 8, 4, 4)
-    still = {
-        "latent": rng.standard_normal(shape).astype(np.float32),
-        "previous": rng.standard_normal(shape).astype(np.float32),
-        "previous_epsilon": np.zeros(shape, np.float32),
-        "noise": rng.standard_normal(shape).astype(np.float32),
-        "background": rng.standard_normal(shape).astype(np.float32),
-        "mask": rng.uniform(0, 1, (2, 1, 4, 4)).astype(np.float32),
-        "anchor": np.eye(2, 20, dtype=np.float32),
-        "repel": np.ones(2, np.float32),
-        "attract": np.zeros(2, np.float32),
-        "sibling": np.zeros((2, 2), np.float32),
-        "release": np.full(2, 2, np.float32),
-        "normalise": np.ones(2, np.float32),
-        "conditioning": rng.standard_normal((2, 5, 24)).astype(np.float32),
-    }
+    still = step_inputs(rng, 2)
+    for name in ("timestep", "coefficients"):
+        del still[name]
     times = (np.full(2, 900), np.full(2, 300))
     coefficients = tuple(rng.uniform(0, 0.5, (2, 8)).astype(np.float32) for _ in range(3))
     orders = {"timestep": (0, 0, 1, 1, 0), "coefficients": (0, 1, 2, 1, 0)}
@@ -245,6 +211,22 @@ def test_a_handed_over_loop_equals_single_steps(
         with pytest.raises(EngineError, match=r"fed wrongly: timestep: received"):
             third.run(wrong, ["step"])
         third.close()
+
+
+def test_a_kept_loop_is_not_used_for_other_carries(
+    engines: Bundle, machine: Machine, rng: np.random.Generator
+) -> None:
+    engine: Any = machine.backend.load(engines, "denoise")
+    feed = {name: step_inputs(rng, 2)[name] for name in ("latent", "timestep", "conditioning")}
+    expected = ONNXRuntimeCPU(1).load(engines, "denoise").run(**feed)["epsilon"]
+    for carry in ((("epsilon", "latent"),), ()):
+        with closing(engine.loop(2, carry)) as loop:
+            loop.put(**feed)
+            loop.step()
+            np.testing.assert_array_equal(loop.get("epsilon"), expected)
+            loop.step()
+            assert np.array_equal(loop.get("epsilon"), expected) == (not carry)
+    engine.close()
 
 
 @pytest.mark.parametrize("capturable", [None, False])
@@ -283,57 +265,6 @@ def test_concurrent_calls_have_streams_of_their_own(
     engine.close()
 
 
-FAULTS = {
-    "cuMemAlloc": Status.CUDA_ERROR_OUT_OF_MEMORY,
-    "cuMemHostAlloc": Status.CUDA_ERROR_OUT_OF_MEMORY,
-    "cuStreamCreate": Status.CUDA_ERROR_OUT_OF_MEMORY,
-    "cuMemcpyHtoDAsync": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
-    "cuMemcpyDtoHAsync": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
-    "cuStreamSynchronize": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
-    "cuStreamBeginCapture": Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-    "cuStreamEndCapture": Status.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
-    "cuGraphInstantiate": Status.CUDA_ERROR_OUT_OF_MEMORY,
-    "cuGraphLaunch": Status.CUDA_ERROR_ILLEGAL_ADDRESS,
-}
-
-
-@pytest.mark.parametrize("function", FAULTS)
-def test_whatever_the_driver_refuses_the_next_backend_takes_over(
-    function: str, engines: Bundle, rng: np.random.Generator
-) -> None:
-    machine, cpu = Machine(), ONNXRuntimeCPU(1)
-    plan, keys = PLAN, [NoiseKey.from_seed(0)]
-    image = crops(rng, 1)
-    with Programs(engines, cpu) as programs:
-        expected = FaceOperations(programs).anonymize(image, plan, keys=keys)
-    with Programs(engines, machine.backend, others=[cpu]) as programs:
-        operations = FaceOperations(programs)
-        if function != "cuStreamCreate":
-            operations.anonymize(image, plan, keys=keys)
-        machine.driver.fail[function] = FAULTS[function]
-        with pytest.warns(
-            BackendWarning, match=f"CUDA: {function} reports {FAULTS[function].name}"
-        ):
-            received = operations.anonymize(crops(rng, 2), plan, keys=keys * 2)
-        assert received.shape[0] == 2
-        assert programs.backend is cpu
-        np.testing.assert_array_equal(operations.anonymize(image, plan, keys=keys), expected)
-
-
-def test_a_failed_loop_gives_its_stream_back(engines: Bundle, rng: np.random.Generator) -> None:
-    machine = Machine(streams=1)
-    plan, keys = PLAN, [NoiseKey.from_seed(0)]
-    with Programs(engines, machine.backend) as programs:
-        operations = FaceOperations(programs)
-        batch = operations.prepare(crops(rng, 1))
-        machine.driver.fail["cuMemcpyHtoDAsync"] = Status.CUDA_ERROR_ILLEGAL_ADDRESS
-        for _ in range(3):
-            with pytest.raises(EngineError, match="ILLEGAL_ADDRESS"):
-                operations.anonymize(batch, plan, keys=keys)
-        del machine.driver.fail["cuMemcpyHtoDAsync"]
-        operations.anonymize(batch, plan, keys=keys)
-
-
 def test_engines_say_which_batches_they_take(
     engines: Bundle, machine: Machine, rng: np.random.Generator
 ) -> None:
@@ -366,7 +297,7 @@ def test_it_says_what_is_missing(tiny_bundle: Bundle, engines: Bundle, machine: 
     assert machine.backend.ready(engines)
     assert "run `diffveil build" in machine.backend.ready(tiny_bundle).why
 
-    def gone(name: str) -> Any:
+    def gone(name: str) -> None:
         raise ImportError(f"no module named {name}")
 
     absent = TensorRT("tensorrt", import_module=gone, find_gpu=lambda ordinal: TARGET)
@@ -389,6 +320,23 @@ def test_what_the_library_refuses_is_said_in_its_words(engines: Bundle, machine:
         machine.backend.load(engines, "encode")
 
 
+def test_an_engine_is_hashed_once(
+    engines: Bundle, machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    monkeypatch.setattr("diffveil.engines.records._hash", lambda stream: read.append("twice"))
+    machine.backend.load(engines, "encode").close()
+    assert not read
+
+
+def test_a_damaged_engine_is_refused(own_engines: Bundle, machine: Machine) -> None:
+    folder = write_engines(own_engines, programs=("encode",))
+    data = (folder / "encode.engine").read_bytes()
+    (folder / "encode.engine").write_bytes(data[:-1] + b" ")
+    with pytest.raises(EngineError, match="differs from its record: sha256"):
+        machine.backend.load(own_engines, "encode")
+
+
 @pytest.fixture
 def own_engines(engines: Bundle, tmp_path: Path) -> Bundle:
     """A copy that may be changed, without engines."""
@@ -401,6 +349,10 @@ def test_engines_without_weights_are_filled_from_the_bundle(
     own_engines: Bundle, machine: Machine, rng: np.random.Generator
 ) -> None:
     write_engines(own_engines, stripped=True, programs=("recognize",))
+    machine.trt.raises.add("Refitter")
+    with pytest.raises(EngineError, match=r"'recognize': tensorrt-rtx cannot load .*is broken"):
+        machine.backend.load(own_engines, "recognize")
+    machine.trt.raises.clear()
     engine = machine.backend.load(own_engines, "recognize")
     assert machine.trt.refitted == ["recognize.onnx"]
     image = crops(rng, 2)
@@ -425,8 +377,7 @@ def test_tensorrt_shares_the_code(own_engines: Bundle, rng: np.random.Generator)
 
 def test_the_real_bindings_have_every_name_that_is_called() -> None:
     driver = pytest.importorskip("cuda.bindings.driver")
-    source = Path(cuda.__file__).read_text(encoding="utf-8")
-    functions = set(re.findall(r'"(cu[A-Z]\w+)"', source))
+    functions = driver_functions()
     assert len(functions) > 20
     assert all(callable(getattr(driver, name)) for name in functions)
     assert driver.CUstream_flags.CU_STREAM_NON_BLOCKING is not None
@@ -449,6 +400,7 @@ def test_the_real_library_has_every_name_that_is_called() -> None:
             "set_device_memory",
             "execute_async_v3",
             "is_stream_capturable",
+            "update_device_memory_size_for_shapes",
         ),
         trt.IRuntimeConfig: (
             "set_execution_context_allocation_strategy",

@@ -127,7 +127,7 @@ def build_engines(
         One result for each target and program.
 
     Raises:
-        OptionError: An option does not fit the builder.
+        OptionError: An option does not fit the builder, or the bundle.
         BundleError: A program's files are damaged.
         EngineError: Programs could not be built; each is named with what the builder said.
         KeyboardInterrupt: Ctrl-C; finished engines are in place, others as they were.
@@ -214,7 +214,7 @@ def _build(
     begun = time.monotonic()
     progress = BuildProgress(report)
     folder.mkdir(parents=True, exist_ok=True)
-    with cancel_on_interrupt(progress), _restored(source, folder, options.weights) as model:
+    with cancel_on_interrupt(progress), _restored(source, folder, options) as model:
         built = builder.build(model, target, options.native, profile, progress)
     finished = record(shapes, built, time.monotonic() - begun)
     publish(folder, finished, built.engine)
@@ -233,13 +233,16 @@ def _flags(options: BuildOptions) -> dict[str, bool | int | str | None]:
 
 
 @contextmanager
-def _restored(source: Path, folder: Path, weights: WeightForm) -> Iterator[Path]:
+def _restored(source: Path, folder: Path, options: BuildOptions) -> Iterator[Path]:
     """The ONNX file to parse: the program's own, or one with its weights folded.
 
     The folded one is written, for the parser maps weights from a file and one message of protobuf
     holds no more than 2 GiB.
+
+    Raises:
+        OptionError: The engine is to be filled from the bundle later, which has no such weights.
     """
-    if weights == "stored":
+    if options.weights == "stored":
         yield source
         return
     import onnx_ir as ir
@@ -250,6 +253,13 @@ def _restored(source: Path, folder: Path, weights: WeightForm) -> Iterator[Path]
     if not FoldWeights()(model).modified:
         yield source
         return
+    if options.native.strip_weights:
+        raise OptionError(
+            f"strip-weights: the bundle stores weights of program '{source.stem}' compactly, so an "
+            "engine of restored ones could not be filled from it: give `--weights stored`, or "
+            "build from a bundle that was exported with `--weights float32` or `--precision "
+            "float16`"
+        )
     with tempfile.TemporaryDirectory(
         dir=folder, prefix=".folded-", ignore_cleanup_errors=True
     ) as workspace:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from diffveil.engines._base import Array
+from diffveil.engines._foreign import foreign
 from diffveil.errors import BackendUnavailableError, EngineError
 
 __all__ = ["ALIGNMENT", "Device", "Event", "Graph", "Memory", "Pinned", "Stream", "aligned"]
@@ -44,7 +45,7 @@ class Device:
         self._driver = load_driver() if driver is None else driver
         try:
             self.call("cuInit", 0)
-        except Exception as error:  # the bindings' own classes: the driver's library is missing
+        except EngineError as error:
             raise BackendUnavailableError(f"no driver of an NVIDIA GPU: {error}") from error
         self._handle = self.call("cuDeviceGet", ordinal)
         self._context = self.call("cuDevicePrimaryCtxRetain", self._handle)
@@ -99,10 +100,12 @@ class Device:
             Its result; a tuple of several, or None.
 
         Raises:
-            EngineError: It reported an error.
+            EngineError: It reported an error, or the driver or the bindings lack it.
         """
-        status, *results = getattr(self._driver, function)(*arguments)
-        if int(status) != 0:
+        with foreign(f"CUDA: {function} cannot be called"):
+            status, *results = getattr(self._driver, function)(*arguments)
+            failed = int(status) != 0
+        if failed:
             name = getattr(status, "name", str(status))
             hint = ""
             if "OUT_OF_MEMORY" in name:
@@ -113,8 +116,13 @@ class Device:
         return results[0] if results else None
 
     def constant(self, group: str, name: str) -> Any:
-        """A constant of the driver's interface."""
-        return getattr(getattr(self._driver, group), name)
+        """A constant of the driver's interface.
+
+        Raises:
+            EngineError: The bindings lack it.
+        """
+        with foreign(f"CUDA: {group} has no {name}"):
+            return getattr(getattr(self._driver, group), name)
 
 
 class Memory:
@@ -300,7 +308,7 @@ def load_driver() -> Any:
     """
     try:
         return import_module("cuda.bindings.driver")
-    except ImportError as error:
+    except Exception as error:  # of a broken installation anything can come
         raise BackendUnavailableError(
             f"cuda-bindings cannot be imported ({error}): pip install 'diffveil[tensorrt-rtx]'"
         ) from error

@@ -58,10 +58,14 @@ class KernelCache:
         if make is None:
             return
         with self._lock:
-            if self._cache is None:
-                self._cache = make()
-                self._read()
-            config.set_runtime_cache(self._cache)
+            try:
+                if self._cache is None:
+                    self._cache = make()
+                    self._read()
+                config.set_runtime_cache(self._cache)
+            except Exception as error:  # the library's own classes
+                _log.debug("kernels of %s are not kept: %s", self.path.stem, error)
+                return
             self._attached = True
 
     def save(self) -> None:
@@ -70,7 +74,11 @@ class KernelCache:
             if not self._attached:
                 return
             self._attached = False
-            data = bytes(memoryview(self._cache.serialize()))
+            try:
+                data = bytes(memoryview(self._cache.serialize()))
+            except Exception as error:  # the library's own classes
+                _log.debug("kernels of %s are not kept: %s", self.path.stem, error)
+                return
             if data == self._saved or len(data) > _MAX_BYTES:
                 return
             self._saved = data
@@ -85,7 +93,12 @@ class KernelCache:
         except (EngineError, OSError) as error:
             self._passed_over(str(error))
             return
-        if len(data) > _MAX_BYTES or not self._cache.deserialize(data):
+        try:
+            fits = len(data) <= _MAX_BYTES and self._cache.deserialize(data)
+        except Exception as error:  # the library's own classes
+            _log.debug("kernels of %s cannot be read: %s", self.path.stem, error)
+            fits = False
+        if not fits:
             self._passed_over("it is damaged, or of another GPU, driver or version")
             return
         self._saved = data

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -82,6 +82,11 @@ class EnginePool:
         return self._backends[self._at]
 
     @property
+    def remaining(self) -> tuple[Backend, ...]:
+        """The backends that have not failed, best first."""
+        return self._backends[self._at :]
+
+    @property
     def why(self) -> str:
         """Why it is that backend, in words."""
         return self._why
@@ -128,6 +133,21 @@ class EnginePool:
             return self.attempt(run)
         except _CallerError as wrapped:
             raise wrapped.error from None
+
+    @contextmanager
+    def held(self, programs: Iterable[str]) -> Iterator[None]:
+        """Load programs, and close none of them to make room while the block runs.
+
+        A block that fails belongs into `attempt`, as a whole.
+
+        Raises:
+            EngineError: The backend cannot load one, or the pool is closed.
+            BundleError: There is no such program, or its files are damaged.
+        """
+        with ExitStack() as stack:
+            for program in programs:
+                stack.enter_context(self._lease(program))
+            yield
 
     def attempt(self, work: Callable[[], _T]) -> _T:
         """Do work that calls engines; again from its start whenever a backend fails.

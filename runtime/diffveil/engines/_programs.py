@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from types import TracebackType
 from typing import TypeVar, cast
 
@@ -46,9 +46,8 @@ class Programs:
         budget: MemoryBudget | None = None,
     ) -> None:
         self.bundle = bundle
-        self._backends = (backend, *others)
         self._examine, self._budget = examine, budget
-        self._pool = EnginePool(bundle, self._backends, examine=examine, why=why, budget=budget)
+        self._pool = EnginePool(bundle, (backend, *others), examine=examine, why=why, budget=budget)
 
     @property
     def backend(self) -> Backend:
@@ -102,13 +101,14 @@ class Programs:
             why: Why, in words.
 
         Returns:
-            Programs with engines of their own; None where this is not one of the backends, where
-            these are closed, and where memory is limited: it would be needed twice.
+            Programs with engines of their own; None where this is not one of the backends or has
+            failed, where these are closed, and where memory is limited: it would be needed twice.
         """
-        first = [b for b in self._backends if b.name == name]
+        remaining = self._pool.remaining
+        first = [b for b in remaining if b.name == name]
         if not first or self._pool.closed or self._budget is not None:
             return None
-        others = [b for b in self._backends if b.name != name]
+        others = [b for b in remaining if b.name != name]
         return Programs(
             self.bundle,
             first[0],
@@ -116,6 +116,19 @@ class Programs:
             examine=self._examine,
             why=why,
         )
+
+    def held(self, programs: Iterable[str]) -> AbstractContextManager[None]:
+        """Keep programs loaded while a block runs, as loops over them need it.
+
+        Where memory is limited, calls of other threads would otherwise unload them in between.
+
+        Args:
+            programs: Names; those that the bundle lacks are left out.
+
+        Raises:
+            EngineError: On entry: the backend cannot load one, or this object is closed.
+        """
+        return self._pool.held([name for name in programs if self.can(name)])
 
     def attempt(self, work: Callable[[], _T]) -> _T:
         """Do work on loops or engines; again from its start when a backend fails.
@@ -242,6 +255,8 @@ class Programs:
 
         It returns next, epsilon, embedding [B, E] and pushed [B], 1 where the row was not released.
 
+        Loops want the program to be `held` for as long as they run.
+
         Raises:
             BundleError: The bundle has no program `step`.
         """
@@ -251,6 +266,8 @@ class Programs:
         self, programs: Sequence[str], rows: int, carries: Mapping[str, Carry]
     ) -> WholeLoop | None:
         """A loop over several programs whose calls the backend takes all at once.
+
+        The programs are to be `held` until it is closed.
 
         Args:
             programs: Names, at least one.

@@ -15,7 +15,7 @@ from diffveil.errors import BackendUnavailableError, OptionError
 __all__ = ["AUTO", "BACKENDS", "REFERENCE", "Reason", "Selection", "select_backend"]
 
 AUTO = "auto"
-"""Name for: the fastest backend that can be used."""
+"""Name for: the first backend, in the expected order of speed, that can be used."""
 
 REFERENCE = "cpu"
 """The backend that the exporter held against PyTorch; all others are held against golden data."""
@@ -26,7 +26,12 @@ BACKENDS: dict[str, Callable[[int | None], Backend]] = {
     "onnxruntime-cuda": ONNXRuntimeCUDA,
     "cpu": ONNXRuntimeCPU,
 }
-"""Constructors by name, fastest first; each takes the number of CPU threads or None."""
+"""Constructors by name, in the expected order of speed.
+
+Each takes the number of CPU threads or None.
+"""
+
+_FIRST = "the first that can run here, in the expected order of speed"
 
 Judge = Callable[[Backend], Availability]
 """Says whether a backend that can run computes what it should; see `diffveil.golden.judge_for`."""
@@ -54,9 +59,9 @@ class Selection:
     """A backend and the reasons for choosing it.
 
     Attributes:
-        backend: The fastest that can be used; None when none can.
-        reasons: What was found out about each, fastest first.
-        others: What else can be used, fastest first: what to fall back on.
+        backend: The first that can be used; None when none can.
+        reasons: What was found out about each, in the expected order of speed.
+        others: What else can be used, in that order: what to fall back on.
     """
 
     backend: Backend | None
@@ -76,11 +81,11 @@ class Selection:
 
     @property
     def why(self) -> str:
-        """Why it is that backend, in words: what kept faster ones from being chosen."""
+        """Why it is that backend, in words: what kept those before it from being chosen."""
         if len(self.reasons) == 1:
             return "it was named"
         passed = [f"{r.name} cannot: {r.why}" for r in self.reasons[: self._position]]
-        return "; ".join(["the fastest that can run here", *passed])
+        return "; ".join([_FIRST, *passed])
 
     @property
     def _position(self) -> int:
@@ -94,7 +99,7 @@ def select_backend(
     threads: int | None = None,
     judge: Judge | None = None,
 ) -> Selection:
-    """Look at backends, fastest first, and take the first that can be used.
+    """Look at backends in the expected order of speed, and take the first that can be used.
 
     Args:
         name: Consider only this backend; None or `AUTO`: all.

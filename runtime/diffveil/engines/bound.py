@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -67,6 +68,7 @@ class BoundLoop:
         carries: How outputs of a program become inputs, by program.
         device: Where the buffers lie, as ONNX Runtime names it.
         options: ONNX Runtime's `RunOptions` of every call.
+        turns: What a call of a program must hold, by program, where sessions take one at a time.
 
     Raises:
         EngineError: A graph's tensor is not of the dtype that the program declares.
@@ -80,8 +82,9 @@ class BoundLoop:
         carries: Mapping[str, Carry],
         device: tuple[str, int] = CPU,
         options: Any = None,
+        turns: Mapping[str, AbstractContextManager[Any]] | None = None,
     ) -> None:
-        self._options, self._carries = options, carries
+        self._options, self._carries, self._turns = options, carries, turns or {}
         self._sessions = {program.name: session for session, program in sessions}
         self._program = joined([program for _, program in sessions])
         self._names = {
@@ -128,7 +131,8 @@ class BoundLoop:
 
     def _call(self, program: str) -> None:
         try:
-            self._sessions[program].run_with_iobinding(self._bindings[program], self._options)
+            with self._turns.get(program, nullcontext()):
+                self._sessions[program].run_with_iobinding(self._bindings[program], self._options)
         except Exception as error:  # ONNX Runtime's classes share no public base
             raise EngineError(f"program '{program}' failed: {error}") from error
         self._results |= {name: self._buffers[name] for name in self._names[program][1]}

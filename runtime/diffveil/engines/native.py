@@ -24,7 +24,7 @@ from diffveil.programs import Dimensions, ProgramSpec, check_inputs
 __all__ = ["NativeEngine"]
 
 _KEPT = 4
-"""Batch sizes of a lane for which an engine keeps buffers and graphs."""
+"""Batch sizes, on all lanes together, for which an engine keeps buffers and graphs."""
 
 
 class _Bound:
@@ -166,18 +166,21 @@ class NativeEngine:
         shapes = {name: shape for e in engines for name, shape in e._shapes(rows).items()}
         lane = self._lanes.take()
         try:
-            key = id(lane), rows, tuple(e._program.name for e in engines)
+            names = tuple(e._program.name for e in engines)
+            key = id(lane), rows, names, _hashable(carries)
             loop: NativeLoop | None = self._lanes.loops.take(key, engines)
             if loop is None:
                 members = [Member(e._program, e._execution(e._shapes(rows), lane)) for e in engines]
                 loop = NativeLoop(members, shapes, carries, graphs=self._graphs)
 
             def done(loop: NativeLoop) -> None:
-                for engine in engines:
-                    engine._save_kernels()
-                if all(e._engine is not None for e in engines):
-                    self._lanes.loops.keep(key, loop, engines)
-                self._lanes.give(lane)
+                try:
+                    for engine in engines:
+                        engine._save_kernels()
+                    if all(e._engine is not None for e in engines):
+                        self._lanes.loops.keep(key, loop, engines)
+                finally:  # a lane that is not given back is waited for without limit
+                    self._lanes.give(lane)
 
             loop.begin(done)
         except BaseException:
@@ -227,6 +230,11 @@ class NativeEngine:
             )
         tensors = (*self._program.inputs, *self._program.outputs)
         return {t.name: shape_of(t, self._dimensions, rows) for t in tensors}
+
+
+def _hashable(carries: Mapping[str, Carry]) -> tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]:
+    """What a loop carries over, as part of a key."""
+    return tuple((name, tuple(map(tuple, carry))) for name, carry in sorted(carries.items()))
 
 
 _HOST_TYPES = frozenset({"float32", "float16", "int64", "int32"})

@@ -34,6 +34,7 @@ class ONNXRuntimeEngine:
 
     def __init__(self, session: Any, program: ProgramSpec, dimensions: Dimensions) -> None:
         self._session: Any = session
+        self._run_options: Any = None
         self._program = program
         self._dimensions = dimensions
         types = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
@@ -67,7 +68,7 @@ class ONNXRuntimeEngine:
         }
         names = [t.name for t in self._program.outputs]
         try:
-            values = session.run(names, feed)
+            values = session.run(names, feed, self._run_options)
         except Exception as error:  # ONNX Runtime's classes share no public base
             raise EngineError(f"program '{self._program.name}' failed: {error}") from error
         return {

@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from os import PathLike, fspath
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias
@@ -107,7 +107,11 @@ class BoundEngine(ONNXRuntimeEngine):
     ) -> None:
         super().__init__(session, program, dimensions)
         self._device, self._cuda_graphs = device, cuda_graphs
+        # Calls without buffers of their own, and loops, must not be captured.
+        self._run_options = self._options(_NO_GRAPH)
         self._lock = threading.RLock()
+        # A session that captures must not be called by two threads at once.
+        self._turn: AbstractContextManager[Any] = self._lock if cuda_graphs else nullcontext()
         self._numbers = itertools.count(1)
         self._free: OrderedDict[int, _Binding] = OrderedDict()
         self._bindable = all(
@@ -120,11 +124,11 @@ class BoundEngine(ONNXRuntimeEngine):
         session = self._session
         # Interfaces of other types are cast on the host, by ordinary calls.
         if session is None or not self._bindable:
-            return super().run(**inputs)
+            with self._turn:
+                return super().run(**inputs)
         rows = check_inputs(self.program, inputs, self._dimensions)
         try:
-            # A session that captures must not be called by two threads at once.
-            with self._lock if self._cuda_graphs else nullcontext():
+            with self._turn:
                 binding = self._take(session, rows)
                 outputs = binding.run(inputs)
                 self._give(rows, binding)
@@ -136,9 +140,14 @@ class BoundEngine(ONNXRuntimeEngine):
         """A loop whose tensors stay on the device; see `LoopingEngine`."""
         if self._session is None:
             raise EngineError(f"the engine of program '{self.program.name}' is closed")
-        sessions, carries = [(self._session, self.program)], {self.program.name: carry}
         return BoundLoop(
-            sessions, self._dimensions, rows, carries, self._device, self._options(_NO_GRAPH)
+            [(self._session, self.program)],
+            self._dimensions,
+            rows,
+            {self.program.name: carry},
+            self._device,
+            self._run_options,
+            {self.program.name: self._turn},
         )
 
     def join(
@@ -152,7 +161,13 @@ class BoundEngine(ONNXRuntimeEngine):
         if any(session is None for session, _ in sessions):
             raise EngineError("an engine of a loop is closed")
         return BoundWholeLoop(
-            sessions, self._dimensions, rows, carries, self._device, self._options(_NO_GRAPH)
+            sessions,
+            self._dimensions,
+            rows,
+            carries,
+            self._device,
+            self._run_options,
+            {e.program.name: e._turn for e in engines},
         )
 
     def close(self) -> None:

@@ -102,7 +102,7 @@ class TensorRT:
         missing = []
         for program in bundle.manifest.programs:
             try:
-                self._find(bundle, program, check_contents=False)
+                self._find(bundle, program)
             except DiffveilError as error:
                 missing.append(str(error))
         if missing:
@@ -117,29 +117,24 @@ class TensorRT:
             EngineError: An engine is missing or may not be loaded.
         """
         return min(
-            self._find(bundle, program, check_contents=False).record.max_batch
-            for program in bundle.manifest.programs
+            self._find(bundle, program).record.max_batch for program in bundle.manifest.programs
         )
 
     def load(self, bundle: Bundle, program: str) -> Engine:
         """Deserialise the engine of one program; see `Backend.load`."""
         trt = self._module()
-        found = self._find(bundle, program)
+        found = self._find(bundle, program)  # hashed when it is read
         lanes = self._open()
         # The library works in whatever context is current in this thread.
         lanes.device.activate()
         messages: list[str] = []
-        logger = message_logger(trt, messages)
-        runtime = trt.Runtime(logger)
         try:
-            engine = runtime.deserialize_cuda_engine(found.read())
-        except (RuntimeError, TypeError, ValueError) as error:
-            messages.append(str(error))
-            engine = None
-        if engine is None:
-            raise self._failed(program, "refuses the engine", messages)
-        if found.record.flags.get("strip_weights"):
-            self._refit(trt, engine, logger, bundle, found, messages)
+            engine = self._deserialised(trt, bundle, found, messages)
+        except DiffveilError:
+            raise
+        except Exception as error:  # the library's classes share no public base
+            messages.append(f"{type(error).__name__}: {error}")
+            raise self._failed(program, "cannot load the engine", messages) from error
         _log.debug("loaded engine %s of %s on %s", program, bundle.name, self.name)
         return NativeEngine(
             trt,
@@ -151,6 +146,18 @@ class TensorRT:
             graphs=self._graphs,
             kernels=KernelCache(found.path, self.name, lanes.device),
         )
+
+    def _deserialised(
+        self, trt: Any, bundle: Bundle, found: EngineFile, messages: list[str]
+    ) -> Any:
+        """The library's engine, complete; raises whatever the library does."""
+        logger = message_logger(trt, messages)
+        engine = trt.Runtime(logger).deserialize_cuda_engine(found.read())
+        if engine is None:
+            raise self._failed(found.record.program, "refuses the engine", messages)
+        if found.record.flags.get("strip_weights"):
+            self._refit(trt, engine, logger, bundle, found, messages)
+        return engine
 
     def _refit(
         self,
@@ -181,20 +188,20 @@ class TensorRT:
 
     def _module(self) -> Any:
         try:
-            return self._import(MODULES[self._name])
-        except (ImportError, OSError) as error:  # OSError: a library of CUDA is missing
+            module = self._import(MODULES[self._name])
+            _ = module.__version__  # folders that an uninstalled package leaves behind have none
+        except Exception as error:  # of a broken installation anything can come
             raise BackendUnavailableError(
                 f"{self._name} cannot be imported ({error}): pip install 'diffveil[{self._name}]'"
             ) from error
+        return module
 
-    def _find(self, bundle: Bundle, program: str, *, check_contents: bool = True) -> EngineFile:
+    def _find(self, bundle: Bundle, program: str) -> EngineFile:
         target = self._find_gpu(self._ordinal)
         if target is None:
             raise BackendUnavailableError(f"{self._name}: no NVIDIA GPU or driver was found")
         version = str(self._module().__version__)
-        return find_engine(
-            bundle, program, self._name, version, target, check_contents=check_contents
-        )
+        return find_engine(bundle, program, self._name, version, target, check_contents=False)
 
     def _open(self) -> Lanes:
         with self._lock:

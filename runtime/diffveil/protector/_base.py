@@ -70,10 +70,10 @@ class Workbench:
         Args:
             bundle: Folder of the bundle, or an opened one; by default the embedded one.
             backend: Name of a backend or a backend of your own. By default, and with `"auto"`, the
-                fastest that this machine can use and that computes what PyTorch did on the
-                bundle's golden inputs: each engine is held against them when it is loaded, and
-                when one fails, then or later, the next backend takes over with a
-                `BackendWarning`. A backend that is named is neither judged nor replaced.
+                first, in the expected order of speed, that this machine can use and that computes
+                what PyTorch did on the bundle's golden inputs: each engine is held against them
+                when it is loaded, and when one fails, then or later, the next backend takes over
+                with a `BackendWarning`. A backend that is named is neither judged nor replaced.
             detector: Finds faces; by default CenterFace, which needs `diffveil[faces]`.
             threads: CPU threads of one program call; by default the CPUs this process may use. A
                 backend or detector of your own keeps its own setting.
@@ -183,7 +183,7 @@ class Workbench:
 def _programs(
     bundle: Bundle, name: str, threads: int | None, verify: bool, budget: MemoryBudget | None
 ) -> Programs:
-    """The programs on a named backend, or on the fastest with the others to fall back on."""
+    """The programs on a named backend, or on the first that can run and those to fall back on."""
     if name != AUTO:
         chosen = select_backend(name, bundle, threads=threads).require()
         return _named(bundle, chosen, verify, budget)
