@@ -180,11 +180,11 @@ def main(argv: list[str] | None = None) -> int:
     for judge in judges:
         judge.look(portraits, gallery, list(KINDS))
         _note(f"recognizer {judge.name}")
+    template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
     report["perception"] = looks(portraits, KINDS, detector)
-    report["ssim_yardsticks"] = yardsticks(portraits)
+    report["ssim_yardsticks"] = yardsticks(portraits, template, size)
     report["recognition"] = recognition(portraits, judges)
     args.out.mkdir(parents=True, exist_ok=True)
-    template, size = np.asarray(protector.bundle.template), protector.bundle.image_size
     contact_sheet(portraits, ["original", *OPERATIONS], template, size).save(
         args.out / "contact-sheet.png"
     )

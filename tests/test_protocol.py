@@ -11,7 +11,7 @@ from benchmarks._recognizers import ARCFACE_TEMPLATE
 from benchmarks.protocol.baselines import blur, mosaic
 from benchmarks.protocol.groups import SMALL, breakdown, labels_of, read_attributes
 from benchmarks.protocol.people import Portrait, strangers
-from benchmarks.protocol.perception import gaze, gmsd, looks, proxies, yardsticks
+from benchmarks.protocol.perception import gaze, gmsd, looks, proxies, without_faces, yardsticks
 from benchmarks.protocol.pictures import contact_sheet, one_a_person
 from benchmarks.protocol.robustness import DISTURBANCES
 from benchmarks.protocol.tables import insert, interval, percent
@@ -214,11 +214,18 @@ def test_yardsticks_replace_the_face_and_nothing_else(rng: np.random.Generator) 
     for person in "ab":
         pixels = np.repeat(rng.integers(0, 256, (130, 120, 1)), 3, 2).astype(np.uint8)
         portraits.append(Portrait(person, pixels, FACE))
-    marks = yardsticks(portraits)
+    frame = ARCFACE_TEMPLATE + 8
+    marks = yardsticks(portraits, frame, 128)
     assert 0 < marks["another_person"] < 1
     assert 0 < marks["grey"] < 1
+    filled = without_faces(portraits, frame, 128)
+    crops = [p.crop("original", frame, 128) for p in portraits]
+    assert (filled["grey"][:, 64, 64] == 128).all()
+    for i, crop in enumerate(crops):
+        assert (filled["another_person"][i, 64, 64] == crops[1 - i][64, 64]).all()
+        assert (filled["another_person"][i, 0] == crop[0]).all()
     same = [replace(portraits[0], person="c"), portraits[0]]
-    assert yardsticks(same)["another_person"] == pytest.approx(1)
+    assert yardsticks(same, frame, 128)["another_person"] == pytest.approx(1)
 
 
 def test_proxies_tell_turning_from_tilting() -> None:

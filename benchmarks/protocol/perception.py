@@ -15,10 +15,11 @@ from numpy.typing import NDArray
 from benchmarks._metrics import psnr
 from benchmarks._recognizers import ARCFACE_TEMPLATE
 from benchmarks.protocol.people import Pixels, Portrait, strangers
+from diffveil.align import crop_face, similarity
 from diffveil.faces import Face, FaceDetector
 from diffveil.masks import face_mask
 
-__all__ = ["PROXIES", "gaze", "gmsd", "likeness", "looks", "proxies", "yardsticks"]
+__all__ = ["PROXIES", "gaze", "gmsd", "likeness", "looks", "proxies", "without_faces", "yardsticks"]
 
 #: Proxies and their units.
 PROXIES = {
@@ -90,23 +91,51 @@ def likeness(portraits: list[Portrait], operation: str) -> dict[str, float]:
     return {"psnr": float(mean[0]), "ssim": float(mean[1]), "gmsd": float(mean[2])}
 
 
-def yardsticks(portraits: list[Portrait]) -> dict[str, float]:
-    """What SSIM is where nothing of a face can be left, as mean of the same crops as `likeness`.
+def yardsticks(
+    portraits: list[Portrait], frame: NDArray[np.float64], size: int
+) -> dict[str, float]:
+    """What SSIM is where nothing of a face can be left, as mean of such crops as `likeness` takes.
 
-    The pixels that protection replaces are taken from another person's aligned face, or are grey;
-    around them stays the photo, as everywhere.
+    Args:
+        portraits: The faces.
+        frame: Template of the bundle's aligned crops, in which faces are replaced.
+        size: Side of these crops in pixels.
     """
-    mask = face_mask(112, ARCFACE_TEMPLATE)[..., None]
-    crops = [p.crop("original", ARCFACE_TEMPLATE, 112) for p in portraits]
-    rows = []
-    for crop, other in zip(crops, strangers([p.person for p in portraits]), strict=True):
-        row = []
-        for fill in (crops[other].astype(np.float64), np.full(crop.shape, 128.0)):
-            replaced = np.rint(crop + mask * (fill - crop)).astype(np.uint8)
-            row.append(_ssim(crop, replaced))
-        rows.append(row)
-    mean = np.mean(rows, axis=0)
-    return {"another_person": float(mean[0]), "grey": float(mean[1])}
+    matrix = similarity(frame, ARCFACE_TEMPLATE)
+
+    def cut(crops: Pixels) -> list[Pixels]:
+        return [crop_face(crop, matrix, 112) for crop in crops]
+
+    originals = cut(np.stack([p.crop("original", frame, size) for p in portraits]))
+    return {
+        name: float(np.mean([_ssim(a, b) for a, b in zip(originals, cut(crops), strict=True)]))
+        for name, crops in without_faces(portraits, frame, size).items()
+    }
+
+
+def without_faces(
+    portraits: list[Portrait], frame: NDArray[np.float64], size: int
+) -> dict[str, Pixels]:
+    """Aligned crops in which nothing of the faces is left, by what is in their place.
+
+    The pixels that protection replaces are taken from another person's aligned face
+    (`another_person`), or are `grey`; around them stays the photo, as everywhere.
+
+    Args:
+        portraits: The faces.
+        frame: Template of the bundle's aligned crops.
+        size: Side S of these crops in pixels.
+
+    Returns:
+        Crops uint8 [N, S, S, 3] by name.
+    """
+    mask = face_mask(size, frame)[..., None]
+    crops = np.stack([p.crop("original", frame, size) for p in portraits])
+    others = crops[strangers([p.person for p in portraits])].astype(np.float64)
+    return {
+        name: np.rint(crops + mask * (fill - crops)).astype(np.uint8)
+        for name, fill in (("another_person", others), ("grey", np.full(crops.shape, 128.0)))
+    }
 
 
 def proxies(landmarks: NDArray[np.float64], crop: Pixels) -> dict[str, float]:

@@ -11,6 +11,7 @@ from benchmarks.protocol.baselines import BASELINES
 from benchmarks.protocol.collect import FARS, KINDS
 from benchmarks.protocol.judges import GUIDED, Array, Judge
 from benchmarks.protocol.people import Portrait
+from benchmarks.protocol.perception import without_faces
 
 __all__ = ["OPERATIONS", "as_markdown", "recognition"]
 
@@ -29,6 +30,10 @@ def recognition(portraits: list[Portrait], judges: list[Judge]) -> list[dict[str
             {
                 **{op: judge.vectors[op] for op in ("original", *KINDS)},
                 **({} if judge.kind == GUIDED else {"round trip": judge.of_crops(trips)}),
+                **{
+                    name: judge.of_crops(crops)
+                    for name, crops in without_faces(portraits, judge.frame, trips.shape[1]).items()
+                },
             },
             people,
         )
@@ -92,6 +97,16 @@ def as_markdown(report: dict[str, Any]) -> str:
             lines.append(
                 f"| {op} | TAR at FAR 1 %, {who} "
                 f"| {same}other photos {row[op]['other_photos']:.1%} |"
+            )
+        if "another_person" in row:
+            marks = [
+                f"{figure.replace('_', ' ')} "
+                + ", ".join(f"{row[mark][figure]:.1%}" for mark in ("another_person", "grey"))
+                for figure in ("same_photo", "other_photos")
+            ]
+            lines.append(
+                f"| for comparison | TAR at FAR 1 %, {who}, with another person's face in its "
+                f"place, or a grey patch | {'; '.join(marks)} |"
             )
     for row in report["recognition"]:
         if "round trip" in row:

@@ -56,12 +56,14 @@ _PAPER = Preset(
 # steps that carry their noise along pile it up: faces come out whole, and more steps make them
 # sharper. Fresh noise alone already makes most of a stranger, so repelling may be gentle: one
 # gradient of unit size a step, scaled with the noise that is left to absorb it, through the latent
-# recognizer. hide must arrive at one identity exactly: it takes the full gradient, twice a step.
+# recognizer. The photo's own conditioning is for the first steps, pose and light: held on to for
+# longer, it brings some of the person back. hide must arrive at one identity exactly: it takes the
+# full gradient, twice a step.
 _REPEL = Guidance(
-    weight=((-1, 0.1),),
+    weight=((-1, 0.12),),
     normalise="rms",
     scale_with_noise=True,
-    margin=-0.2,
+    margin=-0.3,
     mode="repel",
     through="latent",
 )
@@ -69,7 +71,7 @@ _ANONYMIZE = Plan(
     sampler="lcm",
     steps=11,
     strength=0.7,
-    conditional_above=400,
+    conditional_above=600,
     background_below=300,
     guidance=_REPEL,
     spacing="trailing",
@@ -104,7 +106,7 @@ _BALANCED = Preset(
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
-_QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.12),), margin=-0.5))
+_QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.16),), margin=-0.5))
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
