@@ -87,37 +87,21 @@ class Critic(nn.Module):
         return [head(unit(f.float())) for head, f in zip(self.heads, features, strict=True)]
 
 
-def downward(
-    unet: Any, x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
-) -> tuple[torch.Tensor, list[tuple[torch.Tensor, ...]], torch.Tensor]:
-    """The first half of a diffusers UNet's pass at x [B, C, s, s], t [B].
-
-    Returns:
-        The time embedding; what the input convolution and each down block hand on; the middle.
-    """
-    embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
-    embedding = embedding + unet.add_embedding(conditioning)
-    h = unet.conv_in(x)
-    handed: list[tuple[torch.Tensor, ...]] = [(h,)]
-    for block in unet.down_blocks:
-        h, states = block(h, **given(block, embedding, conditioning))
-        handed.append(states)
-    middle = unet.mid_block(h, embedding, encoder_hidden_states=conditioning)
-    return embedding, handed, middle
-
-
-def given(block: Any, embedding: torch.Tensor, conditioning: torch.Tensor) -> dict[str, Any]:
-    """Arguments of a UNet's block, besides its input."""
-    attends = getattr(block, "has_cross_attention", False)
-    return {"temb": embedding} | ({"encoder_hidden_states": conditioning} if attends else {})
-
-
 def features_of(
     unet: Any, x: torch.Tensor, t: torch.Tensor, conditioning: torch.Tensor
 ) -> list[torch.Tensor]:
     """Feature maps of the down and middle blocks of a diffusers UNet at x [B, C, s, s], t [B]."""
-    _, handed, middle = downward(unet, x, t, conditioning)
-    return [*(states[1] for states in handed[1:]), middle]
+    time_embedding = unet.time_embedding(unet.time_proj(t).to(x.dtype))
+    time_embedding = time_embedding + unet.add_embedding(conditioning)
+    h, features = unet.conv_in(x), []
+    for block in unet.down_blocks:
+        if getattr(block, "has_cross_attention", False):
+            h, states = block(h, temb=time_embedding, encoder_hidden_states=conditioning)
+        else:
+            h, states = block(h, temb=time_embedding)
+        features.append(states[1])
+    middle = unet.mid_block(h, time_embedding, encoder_hidden_states=conditioning)
+    return [*features, middle]
 
 
 def unit(maps: torch.Tensor) -> torch.Tensor:
