@@ -71,13 +71,20 @@ _SAMPLERS: tuple[tuple[str, Literal["ddim", "dpm++2m", "lcm", "tcd"], bool], ...
 )
 
 
-def choices(brief: bool, has_few: bool = True, guides: Iterable[str] = ()) -> Iterator[Choice]:
+def choices(
+    brief: bool,
+    has_few: bool = True,
+    guides: Iterable[str] = (),
+    *,
+    has_surrogates: bool = True,
+) -> Iterator[Choice]:
     """Presets first, then one thing varied at a time about the default preset.
 
     Args:
         brief: Only the presets.
         has_few: Whether the bundle has `denoise_few`: no distilled sampler without.
         guides: Names of further bundles whose `guide` to try.
+        has_surrogates: Whether the bundle has surrogates.
     """
     for name, preset in PRESETS.items():
         for operation in _OPERATIONS:
@@ -86,7 +93,7 @@ def choices(brief: bool, has_few: bool = True, guides: Iterable[str] = ()) -> It
         return
     for operation in _OPERATIONS:
         fast: Plan = getattr(PRESETS["fast"], operation)
-        base = fast.fitting(has_few)
+        base = fast.fitting(has_few, has_surrogates)
         for family, sampler, distilled in _SAMPLERS:
             if distilled and not has_few:
                 continue
@@ -326,8 +333,8 @@ def main(argv: list[str] | None = None) -> int:
         "paper_in_pytorch": bench.beside_the_oracle(protector.bundle),
         "points": [],
     }
-    has_few = protector.programs.can("denoise_few")
-    for choice in choices(args.presets_only, has_few, guides):
+    has = protector.programs.can("denoise_few"), protector.bundle.has_surrogates
+    for choice in choices(args.presets_only, has[0], guides, has_surrogates=has[1]):
         # One face in a hundred matters for anonymize, and the published hide takes minutes.
         thorough = choice.family in ("presets", "guidance") and choice.operation == "anonymize"
         faces = len(crops) if thorough else args.sweep_faces
@@ -341,7 +348,7 @@ def main(argv: list[str] | None = None) -> int:
             "faces": min(faces, len(crops)),
             "milliseconds": ms,
             "worst": worst(record, choice.operation),
-            "evaluations": len(choice.plan.fitting(has_few).table(schedule).steps),
+            "evaluations": len(choice.plan.fitting(*has).table(schedule).steps),
             "guidance": f"{guidance.through} ×{guidance.repeats}",
             "recognizers": record,
         }

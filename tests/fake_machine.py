@@ -18,7 +18,10 @@ from fake_trt_runtime import TARGET, FakeTensorRT
 __all__ = ["PLAN", "Machine", "crops", "driver_functions", "step_inputs"]
 
 PLAN = replace(
-    PRESETS["balanced"].anonymize.fitting(has_few=False), sampler="ddim", steps=8, fresh_noise=0.7
+    PRESETS["balanced"].anonymize.fitting(has_few=False, has_surrogates=False),
+    sampler="ddim",
+    steps=8,
+    fresh_noise=0.7,
 )
 """One gradient at every step, so that loops of `step` run it; short."""
 

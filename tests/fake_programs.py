@@ -16,12 +16,12 @@ from safetensors.numpy import save
 
 from diffveil._manifest import FileEntry, Manifest, ProgramEntry, TensorEntry
 from diffveil.align import template_for
-from diffveil.bundle import CONSTANTS_FILE, Bundle
+from diffveil.bundle import CONSTANTS_FILE, SURROGATES_FILE, Bundle
 from diffveil.engines import Availability, Engine, Programs
 from diffveil.programs import ALL_PROGRAMS, PROGRAMS, Dimensions, ProgramSpec, check_inputs
 from diffveil.schedule import NoiseSchedule
 
-__all__ = ["DIMENSIONS", "FakeBackend", "fake_bundle", "fake_programs"]
+__all__ = ["DIMENSIONS", "FakeBackend", "fake_bundle", "fake_programs", "surrogate_tensors"]
 
 Array = NDArray[Any]
 F32 = NDArray[np.float32]
@@ -38,7 +38,25 @@ DIMENSIONS = Dimensions(
 _CELL = DIMENSIONS.image_size // DIMENSIONS.latent_size
 
 
-def fake_bundle(folder: Path, *, name: str = "fake", optional: Iterable[str] = ()) -> Bundle:
+def surrogate_tensors(count: int = 9, seed: int = 4) -> dict[str, Array]:
+    """What a fake bundle's file of surrogates may hold."""
+    rng = np.random.default_rng(seed)
+    identities = rng.standard_normal((count, DIMENSIONS.embedding_width))
+    identities /= np.linalg.norm(identities, axis=1, keepdims=True)
+    return {
+        "tokens": rng.integers(-127, 128, (count, 10, DIMENSIONS.token_width)).astype(np.int8),
+        "scale": rng.uniform(0.001, 0.01, (count, 10)).astype(np.float32),
+        "identities": identities.astype(np.float16),
+    }
+
+
+def fake_bundle(
+    folder: Path,
+    *,
+    name: str = "fake",
+    optional: Iterable[str] = (),
+    surrogates: Mapping[str, Array] | None = None,
+) -> Bundle:
     """A bundle without program files; bundles of different names have different fingerprints."""
     constant = np.full((1, 3, 5), 0.25, dtype=np.float32)
     raw = save({"unconditional": constant})
@@ -57,7 +75,12 @@ def fake_bundle(folder: Path, *, name: str = "fake", optional: Iterable[str] = (
         )
         for spec in (*PROGRAMS.values(), *(ALL_PROGRAMS[o] for o in optional))
     }
-    constants = FileEntry(CONSTANTS_FILE, hashlib.sha256(raw).hexdigest(), len(raw))
+    files = {CONSTANTS_FILE: FileEntry(CONSTANTS_FILE, hashlib.sha256(raw).hexdigest(), len(raw))}
+    if surrogates is not None:
+        raw = save(dict(surrogates))
+        (folder / SURROGATES_FILE).write_bytes(raw)
+        entry = FileEntry(SURROGATES_FILE, hashlib.sha256(raw).hexdigest(), len(raw))
+        files[SURROGATES_FILE] = entry
     template = tuple((float(x), float(y)) for x, y in template_for(DIMENSIONS.image_size))
     manifest = Manifest(
         name=name,
@@ -69,14 +92,21 @@ def fake_bundle(folder: Path, *, name: str = "fake", optional: Iterable[str] = (
         licence="none",
         provenance={},
         programs=programs,
-        files={CONSTANTS_FILE: constants},
+        files=files,
     )
     return Bundle(folder, manifest)
 
 
-def fake_programs(folder: Path, *, name: str = "fake", optional: Iterable[str] = ()) -> Programs:
+def fake_programs(
+    folder: Path,
+    *,
+    name: str = "fake",
+    optional: Iterable[str] = (),
+    surrogates: Mapping[str, Array] | None = None,
+) -> Programs:
     """The programs of a fake bundle; `.backend.calls` lists every call's name and inputs."""
-    return Programs(fake_bundle(folder, name=name, optional=optional), FakeBackend())
+    bundle = fake_bundle(folder, name=name, optional=optional, surrogates=surrogates)
+    return Programs(bundle, FakeBackend())
 
 
 class FakeBackend:

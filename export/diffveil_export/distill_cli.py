@@ -4,22 +4,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
-from diffveil.cli.paths import find_photos
 from diffveil.cli.progress import ProgressBar
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.errors import OptionError
-from diffveil.protector import Protector
-from diffveil.scenes import read_scenes
 from diffveil_export.distill import Distillation, encode_faces, evaluate
+from diffveil_export.face_photos import aligned_faces
 from diffveil_export.latent_guide import add_latent_guide
 from diffveil_export.latent_recognizer import LatentRecognizer
 
@@ -80,7 +74,9 @@ def _train(
 ) -> tuple[LatentRecognizer, dict[str, float], int]:
     d = programs.bundle.dimensions
     with ProgressBar("encoding faces") as bar:
-        latents = encode_faces(programs, _faces(args, programs.bundle, bar))
+        latents = encode_faces(
+            programs, aligned_faces(args.photos, programs.bundle, bar, aligned=args.aligned)
+        )
     if len(latents) < args.held_out + _FEWEST:
         raise OptionError(
             f"found {len(latents)} faces, expected at least {args.held_out + _FEWEST}: thousands "
@@ -107,29 +103,3 @@ def _train(
 
         distillation.run(progress)
     return student, evaluate(programs, student, latents[held]), len(latents)
-
-
-def _faces(
-    args: argparse.Namespace, bundle: Bundle, bar: ProgressBar
-) -> Iterator[NDArray[np.uint8]]:
-    """Aligned faces of each photo, uint8 [F, S, S, 3]; photos without any are passed over."""
-    photos = find_photos(args.photos)
-    detector = None if args.aligned else Protector.load(bundle.path, backend="cpu").detector
-    without = 0
-    for index, photo in enumerate(photos):
-        (scene,) = read_scenes(
-            [Path(photo.path)],
-            None,
-            detect=(lambda _: ()) if detector is None else detector.detect,
-            aligned=args.aligned,
-            on_missing="keep",
-            template=bundle.template,
-            size=bundle.image_size,
-        )
-        bar(index + 1, len(photos))
-        if len(scene.crops):
-            yield scene.crops
-        else:
-            without += 1
-    if without:
-        bar.message(f"{without} of {len(photos)} photos show no face", sys.stderr)

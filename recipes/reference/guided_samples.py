@@ -14,9 +14,11 @@ from diffveil.engines import Programs
 from diffveil.fused import Background
 from diffveil.guidance import IdentityGuidance
 from diffveil.masks import face_mask, latent_mask
+from diffveil.noise import NoiseKey
 from diffveil.plans import Plan
 from diffveil.samplers import SamplerTable, Step
 from diffveil.sampling import add_noise, run
+from diffveil.surrogates import Surrogates
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,7 @@ class Faces:
     latent: torch.Tensor  # [B, C, s, s]
     tokens: torch.Tensor  # [B, 10, D]
     identities: torch.Tensor  # [B, E]
+    surrogates: torch.Tensor  # [B, 10, D]
 
 
 class Sampler:
@@ -34,13 +37,14 @@ class Sampler:
 
     Args:
         network: The frozen model, for its conditioner.
-        programs: Programs of the bundle whose `guide_latent` steers.
+        programs: Programs of the bundle whose `guide_latent` steers, with its surrogates.
         device: Where the networks are.
     """
 
     def __init__(self, network: Diffusion, programs: Programs, device: str) -> None:
         self._network, self._programs, self._device = network, programs, device
         self.schedule = programs.bundle.manifest.schedule
+        self._collection = Surrogates.load(programs.bundle)
         size, template = programs.bundle.image_size, programs.bundle.template
         mask = face_mask(size, template)
         self.pixel_mask = torch.from_numpy(mask)[None, None].to(device)
@@ -50,9 +54,20 @@ class Sampler:
     def conditions(self, faces: Faces, plan: Plan, timestep: int) -> torch.Tensor:
         """Conditioning [B, T, D] at a timestep."""
         conditioner = self._network.conditioner
-        if timestep <= plan.conditional_above:
-            return conditioner.unconditional().expand(len(faces.latent), -1, -1)
-        return conditioner.expand(faces.tokens[:, timestep // 100])
+        if timestep > plan.conditional_above:
+            return conditioner.expand(faces.tokens[:, timestep // 100])
+        if plan.surrogate:
+            return conditioner.expand(faces.surrogates[:, timestep // 100])
+        return conditioner.unconditional().expand(len(faces.latent), -1, -1)
+
+    def surrogates(
+        self, tokens: torch.Tensor, identities: torch.Tensor, *, apart: bool
+    ) -> torch.Tensor:
+        """Tokens [B, 10, D] of those that anonymize (`apart`) or hide may draw faces with."""
+        keys = [NoiseKey.random() for _ in tokens]
+        mine, people = tokens.cpu().numpy(), identities.float().cpu().numpy()
+        chosen = self._collection.choose(mine, people, keys, apart=apart)
+        return torch.from_numpy(chosen[:, 0]).to(tokens.device)
 
     def guidance(self, faces: Faces, plan: Plan) -> IdentityGuidance:
         """The plan's guidance, away from these faces or towards them."""

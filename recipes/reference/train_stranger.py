@@ -3,9 +3,10 @@
     python recipes/reference/train_stranger.py --work .work/reference --minutes 60 --compile
 
 Needs `autoencoder.pt`, `diffusion.pt`, `recognizer.pt`, the `latents.npy` that train_diffusion.py
-leaves, and a bundle whose `guide_latent` steers the samples as anonymize will. Goes on from
-`few.safetensors` (distill.py). A batch is sampled as anonymize or hide samples it, up to a step
-chosen at random; there the predicted clean face is judged, pasted into its photo:
+leaves, and a bundle with surrogates (make_surrogates.py) whose `guide_latent` steers the samples as
+anonymize will. Goes on from `few.safetensors` (distill.py). A batch is sampled as anonymize or hide
+samples it, up to a step chosen at random; there the predicted clean face is judged, pasted into its
+photo:
 
 * a critic on pixels and on the frozen recognizer's features tells such faces from real ones, so
   that features are sharp and fit the head around them;
@@ -56,6 +57,7 @@ from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
+from diffveil.plans import Plan
 from diffveil.presets import preset
 from diffveil_export.models.low_rank import load_low_rank, low_rank_parameters
 
@@ -126,19 +128,22 @@ def main() -> None:
     moved, still, decode = wrap(student), wrap(ordinary.unet), wrap(vae.decode)
     probe = held_out(args.work, 29, 14).to(device)
 
-    def faces_of(image: torch.Tensor, latent: torch.Tensor) -> Faces:
+    def faces_of(image: torch.Tensor, latent: torch.Tensor, plan: Plan) -> Faces:
         with torch.no_grad(), mixed_precision(device):
             tokens = ordinary.conditioner.embed(image).float()
             _, identities = look(recognizer, image)
-        return Faces(image, latent, tokens, identities)
+        apart = plan.guidance.mode == "repel"
+        surrogates = sampler.surrogates(tokens, identities, apart=apart)
+        return Faces(image, latent, tokens, identities, surrogates)
 
     def save() -> None:
         run_.save()
         save_change(finished, average.network)
         rows = [probe]
         with torch.no_grad():
-            faces = faces_of(probe, vae.encode(probe))
+            clean = vae.encode(probe)
             for plan, table in zip(plans, tables, strict=True):
+                faces = faces_of(probe, clean, plan)
                 guidance = sampler.guidance(faces, plan)
                 for unet in (before, average.network):
                     same = np.random.default_rng(0)
@@ -154,9 +159,9 @@ def main() -> None:
         both = torch.from_numpy(latents[rows, flips]).float().to(device)
         order = torch.from_numpy(rng.permutation(2 * args.batch)).to(device)
         mine, others = order[: args.batch], order[args.batch :]
-        faces = faces_of(images[mine], both[mine])
         which = int(rng.choice(len(plans), p=shares))
         plan, table = plans[which], tables[which]
+        faces = faces_of(images[mine], both[mine], plan)
         stop = int(rng.integers(len(table.steps)))
         if rng.random() < 0.25:  # what is seen in the end
             stop = len(table.steps) - 1

@@ -27,6 +27,7 @@ __all__ = [
     "CONSTANTS_FILE",
     "GOLDEN_FILE",
     "MANIFEST_FILE",
+    "SURROGATES_FILE",
     "Bundle",
     "embedded_bundle_path",
 ]
@@ -34,6 +35,7 @@ __all__ = [
 MANIFEST_FILE = "bundle.json"
 CONSTANTS_FILE = "constants.safetensors"
 GOLDEN_FILE = "golden.safetensors"
+SURROGATES_FILE = "surrogates.safetensors"
 _MAX_MANIFEST_BYTES = 1 << 20
 _MAX_CONSTANTS_BYTES = 64 << 20
 _CHUNK = 1 << 20
@@ -118,13 +120,19 @@ class Bundle:
         """Whether it carries inputs and what PyTorch computed for them; see `diffveil.golden`."""
         return GOLDEN_FILE in self.manifest.files
 
+    @property
+    def has_surrogates(self) -> bool:
+        """Whether it carries looks to draw new faces with; see `diffveil.surrogates`."""
+        return SURROGATES_FILE in self.manifest.files
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256, hex, of everything that decides what a recovery key decodes to.
 
         It covers the hashes of programs, weights and constants and the noise schedule, not names,
         licences or parity records: those may be corrected without orphaning keys. Nor does it cover
-        `denoise_few`, `guide_latent` and `step`, which recovery never runs: they may join later.
+        `denoise_few`, `guide_latent`, `step` and the surrogates, which recovery never needs: they
+        may join later.
         """
         m = self.manifest
         programs = {name: p for name, p in m.programs.items() if name not in _NEVER_RECOVER}
@@ -146,19 +154,7 @@ class Bundle:
             BundleError: The constants file does not hold this tensor in this shape.
             BundleCorruptError: The constants file differs from its hash.
         """
-        entry = self.manifest.files[CONSTANTS_FILE]
-        if entry.bytes > _MAX_CONSTANTS_BYTES:
-            raise BundleError(f"'{CONSTANTS_FILE}' is larger than {_MAX_CONSTANTS_BYTES} bytes")
-        # Late: `import diffveil` must stay light.
-        from safetensors import SafetensorError
-        from safetensors.numpy import load
-
-        raw = (self.path / CONSTANTS_FILE).read_bytes()
-        _check_hash(CONSTANTS_FILE, hashlib.sha256(raw).hexdigest(), entry)
-        try:
-            tensor = load(raw).get("unconditional")
-        except (SafetensorError, KeyError, ValueError) as error:
-            raise BundleError(f"'{CONSTANTS_FILE}' is not a safetensors file: {error}") from error
+        tensor = self.tensors(CONSTANTS_FILE, _MAX_CONSTANTS_BYTES).get("unconditional")
         d = self.dimensions
         expected = (1, d.conditioning_length, d.conditioning_width)
         if tensor is None or tensor.shape != expected or tensor.dtype != np.float32:
@@ -170,6 +166,34 @@ class Bundle:
         tensor.setflags(write=False)
         result: NDArray[np.float32] = tensor
         return result
+
+    def tensors(self, name: str, max_bytes: int) -> dict[str, NDArray[Any]]:
+        """Contents of a listed safetensors file, after checking its size and hash.
+
+        Raises:
+            BundleError: The bundle has no such file, or it is too large or no such file at all.
+            BundleCorruptError: The file differs from its hash, or cannot be read.
+        """
+        entry = self.manifest.files.get(name)
+        if entry is None:
+            raise BundleError(f"bundle '{self.name}' has no file '{name}'")
+        if entry.bytes > max_bytes:
+            raise BundleError(f"'{name}' is larger than {max_bytes} bytes")
+        # Late: `import diffveil` must stay light.
+        from safetensors import SafetensorError
+        from safetensors.numpy import load
+
+        try:
+            raw = (self.path / name).read_bytes()
+        except OSError as error:
+            raise BundleCorruptError(
+                f"bundle file '{name}' cannot be read ({error.strerror})"
+            ) from error
+        _check_hash(name, hashlib.sha256(raw).hexdigest(), entry)
+        try:
+            return dict(load(raw))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise BundleError(f"'{name}' is not a safetensors file: {error}") from error
 
     def program(self, name: str) -> ProgramEntry:
         """The manifest's entry of program `name`.

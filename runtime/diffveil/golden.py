@@ -7,7 +7,6 @@ rows of its inputs. So any machine and backend can be held against the exporter'
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
@@ -28,7 +27,6 @@ from diffveil.engines import (
 )
 from diffveil.errors import (
     BackendUnavailableError,
-    BundleCorruptError,
     BundleError,
     EngineError,
 )
@@ -58,27 +56,12 @@ def load_golden(bundle: Bundle) -> _Tensors:
         BundleError: The bundle carries none, or its tensors are not those of its programs.
         BundleCorruptError: The file differs from its hash.
     """
-    entry = bundle.manifest.files.get(GOLDEN_FILE)
-    if entry is None:
+    if not bundle.has_golden:
         raise BundleError(
             f"bundle '{bundle.name}' carries no {GOLDEN_FILE}, so there is nothing to hold a "
             "backend against: export it again with this diffveil"
         )
-    if entry.bytes > _MAX_GOLDEN_BYTES:
-        raise BundleError(f"'{GOLDEN_FILE}' is larger than {_MAX_GOLDEN_BYTES} bytes")
-    from safetensors import SafetensorError
-    from safetensors.numpy import load
-
-    raw = (bundle.path / GOLDEN_FILE).read_bytes()
-    if hashlib.sha256(raw).hexdigest() != entry.sha256:
-        raise BundleCorruptError(
-            f"bundle file '{GOLDEN_FILE}' differs from its hash; copy the whole bundle folder again"
-        )
-    try:
-        tensors = load(raw)
-    except (SafetensorError, KeyError, ValueError, TypeError) as error:
-        raise BundleError(f"'{GOLDEN_FILE}' is not a safetensors file: {error}") from error
-    return _checked(bundle, tensors)
+    return _checked(bundle, bundle.tensors(GOLDEN_FILE, _MAX_GOLDEN_BYTES))
 
 
 def _checked(bundle: Bundle, tensors: _Tensors) -> _Tensors:

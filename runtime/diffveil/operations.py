@@ -10,6 +10,7 @@ an embedding, D width of a token, K latents of a noise map. Crops are RGB in [-1
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -26,6 +27,7 @@ from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
 from diffveil.samplers import SamplerTable, retrace
 from diffveil.sampling import Latent, Progress, add_noise, run
+from diffveil.surrogates import Surrogates
 from diffveil.wholeloops import run_whole
 
 __all__ = ["FaceOperations"]
@@ -223,6 +225,10 @@ class FaceOperations:
         """Unit Gaussian noise that a stochastic sampler adds at a step, [N·V, C, s, s]."""
         return self._noise(keys, variants, "diffveil/v1/step", index)
 
+    @cached_property
+    def _surrogates(self) -> Surrogates:
+        return Surrogates.load(self.bundle)
+
     def _noise(self, keys: Sequence[NoiseKey], variants: int, label: str, *indices: int) -> Latent:
         d = self.bundle.dimensions
         shape = (d.latent_channels, d.latent_size, d.latent_size)
@@ -246,15 +252,21 @@ class FaceOperations:
     ) -> _F32:
         faces = self._batch(crops)
         self._check_protect(operation, mode, plan, len(faces), len(keys), variants)
-        plan = plan.fitting(self.programs.can("denoise_few"))
+        plan = plan.fitting(self.programs.can("denoise_few"), self.bundle.has_surrogates)
         table = plan.table(self.schedule)
         clean = np.repeat(faces.latents, variants, axis=0)
         noise = self.start_noise(keys, variants).reshape(clean.shape)
+        surrogates = None
+        if plan.surrogate:
+            surrogates = self._surrogates.choose(
+                faces.tokens, faces.identities, keys, variants=variants, apart=mode == "repel"
+            ).reshape(-1, *faces.tokens.shape[1:])
         denoise = Denoiser(
             self.programs,
             faces.tokens,
             table.timesteps,
             conditional_above=plan.conditional_above,
+            surrogates=surrogates,
             max_batch=self.max_batch,
             distilled=plan.distilled,
         )

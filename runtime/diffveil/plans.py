@@ -137,7 +137,7 @@ class Plan:
         steps: Steps that strength 1 would make; ``steps · strength`` are made.
         strength: How much noise the photo's latent starts with, in (0, 1].
         conditional_above: The photo's own conditioning holds at timesteps above this, the
-            unconditional one at the others.
+            unconditional one (or a surrogate's) at the others.
         background_below: The background is reset to the photo's at timesteps below this; 0: never.
         guidance: Identity guidance.
         spacing: Which timesteps are visited: ``"leading"``, ``"trailing"``, ``"karras"`` or
@@ -148,8 +148,9 @@ class Plan:
             photo look like a photograph, and leaves the change of identity to the guidance; needs
             another spacing than ``"leading"``.
         distilled: Sample with `denoise_few`, the model distilled for few steps.
-        otherwise: The plan that takes this one's place on bundles without `denoise_few`; None to
-            sample by the same numbers with `denoise`.
+        surrogate: Condition on a surrogate's tokens where the photo's own do not hold.
+        otherwise: The plan that takes this one's place on bundles without `denoise_few` or without
+            surrogates, whichever it asks for; None to do by the same numbers without them.
         background: What the background is reset to: the photo's latent ``"noised"`` as far as the
             face is at that step, or always ``"clean"`` as in the published method.
 
@@ -167,6 +168,7 @@ class Plan:
     background: Literal["noised", "clean"] = "noised"
     fresh_noise: float = 1.0
     distilled: bool = False
+    surrogate: bool = False
     otherwise: Plan | None = None
 
     def __post_init__(self) -> None:
@@ -195,18 +197,23 @@ class Plan:
             problems.append(f"fresh_noise is {self.fresh_noise}, expected 0 to 1")
         elif self.fresh_noise < 1.0 and self.spacing == "leading":
             problems.append("fresh_noise below 1 needs another spacing than 'leading'")
+        elif self.fresh_noise < 1.0 and self.surrogate:
+            problems.append("fresh_noise below 1 keeps what a surrogate is to replace")
         if self.otherwise is not None:
-            if not self.distilled:
-                problems.append("otherwise is given, but the plan is not distilled")
+            if not self.distilled and not self.surrogate:
+                problems.append("otherwise is given, but the plan asks for nothing")
             if self.otherwise.guidance.mode != self.guidance.mode:
                 problems.append("otherwise guides the other way")
         _report("plan", problems)
 
-    def fitting(self, has_few: bool) -> Plan:
-        """The plan to follow on a bundle, given whether it has `denoise_few`."""
-        if not self.distilled or has_few:
+    def fitting(self, has_few: bool, has_surrogates: bool) -> Plan:
+        """The plan to follow on a bundle, given whether it has `denoise_few` and surrogates."""
+        few, surrogate = self.distilled and has_few, self.surrogate and has_surrogates
+        if (few, surrogate) == (self.distilled, self.surrogate):
             return self
-        return self.otherwise or replace(self, distilled=False)
+        if self.otherwise is not None:
+            return self.otherwise.fitting(has_few, has_surrogates)
+        return replace(self, distilled=few, surrogate=surrogate)
 
     def table(self, schedule: NoiseSchedule) -> SamplerTable:
         """Sampler table with the guidance weights filled in."""

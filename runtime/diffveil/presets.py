@@ -94,15 +94,20 @@ _HIDE = Plan(
 )
 
 
-def _few(plan: Plan) -> Plan:
-    """The plan with the distilled model; as it is on bundles that have none."""
-    return replace(plan, distilled=True, otherwise=plan)
+# After the first steps, a surrogate's conditioning: with it faces come out whole, without any they
+# are made up from what surrounds them. A surrogate leads away from the person by itself, so that
+# guidance may be gentler.
+def _drawn(plan: Plan, *, strength: float, weight: float) -> Plan:
+    """The plan with the distilled model and surrogates; as it is on bundles that have neither."""
+    few = replace(plan, distilled=True, otherwise=plan)
+    guidance = replace(plan.guidance, weight=((-1, weight),))
+    return replace(few, surrogate=True, strength=strength, guidance=guidance, otherwise=few)
 
 
 _BALANCED = Preset(
     name="balanced",
-    anonymize=_few(_ANONYMIZE),
-    hide=_few(_HIDE),
+    anonymize=_drawn(_ANONYMIZE, strength=0.8, weight=0.08),
+    hide=_drawn(_HIDE, strength=0.9, weight=0.12),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
@@ -110,8 +115,8 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=_few(_QUICKER),
-    hide=_few(_QUICKER_HIDE),
+    anonymize=_drawn(_QUICKER, strength=0.8, weight=0.1),
+    hide=_drawn(_QUICKER_HIDE, strength=0.8, weight=0.12),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 

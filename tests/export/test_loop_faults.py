@@ -26,7 +26,7 @@ from diffveil.programs import LOOP_PROGRAMS
 from fake_machine import Machine, crops
 from looping_cpu import LoopingCPU
 
-_PLAIN = PRESETS["fast"].hide.fitting(has_few=False)
+_PLAIN = PRESETS["fast"].hide.fitting(has_few=False, has_surrogates=False)
 _HIDE = replace(_PLAIN, steps=4, guidance=replace(_PLAIN.guidance, margin=None))
 
 

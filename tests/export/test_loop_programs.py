@@ -40,7 +40,7 @@ from fake_trt_runtime import TARGET, FakeTensorRT
 from looping_cpu import LoopingCPU
 
 F32 = NDArray[np.float32]
-_PLAIN_HIDE = PRESETS["fast"].hide.fitting(has_few=False)
+_PLAIN_HIDE = PRESETS["fast"].hide.fitting(has_few=False, has_surrogates=False)
 _HIDE = replace(_PLAIN_HIDE, steps=6, guidance=replace(_PLAIN_HIDE.guidance, margin=None))
 _REPEL = Plan(
     *("lcm", 6, 0.8, 400, 300),

@@ -18,7 +18,7 @@ from diffveil.presets import PRESETS, preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-PLAIN = replace(preset("balanced").anonymize.fitting(has_few=False), steps=6)
+PLAIN = replace(preset("balanced").anonymize.fitting(has_few=False, has_surrogates=False), steps=6)
 FEW = replace(PLAIN, sampler="lcm", steps=3, distilled=True)
 KEYS = [NoiseKey.from_seed(i) for i in range(2)]
 
@@ -61,7 +61,7 @@ def test_bundles_without_it_are_sampled_otherwise(
 
 
 def test_what_takes_a_plans_place_must_do_the_same() -> None:
-    with pytest.raises(OptionError, match="the plan is not distilled"):
+    with pytest.raises(OptionError, match="the plan asks for nothing"):
         replace(PLAIN, otherwise=PLAIN)
     with pytest.raises(OptionError, match="guides the other way"):
         replace(FEW, otherwise=preset("balanced").hide)
@@ -78,6 +78,11 @@ def test_numbers_that_callers_give_hold_either_way() -> None:
 @pytest.mark.parametrize("name", sorted(PRESETS))
 def test_every_preset_has_a_plan_for_ordinary_models(name: str) -> None:
     for plan in (PRESETS[name].anonymize, PRESETS[name].hide):
-        fitting = plan.fitting(has_few=False)
-        assert not fitting.distilled
-        assert plan.fitting(has_few=True) is plan
+        bare = plan.fitting(has_few=False, has_surrogates=False)
+        assert not bare.distilled
+        assert not bare.surrogate
+        few = plan.fitting(has_few=True, has_surrogates=False)
+        assert few.distilled == plan.distilled
+        assert not few.surrogate
+        assert not plan.fitting(has_few=False, has_surrogates=True).distilled
+        assert plan.fitting(has_few=True, has_surrogates=True) is plan

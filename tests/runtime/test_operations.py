@@ -18,7 +18,7 @@ from diffveil.presets import preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-_PLAIN = preset("balanced").anonymize.fitting(has_few=False)
+_PLAIN = preset("balanced").anonymize.fitting(has_few=False, has_surrogates=False)
 ANONYMIZE = replace(
     _PLAIN,
     sampler="ddim",
@@ -26,7 +26,9 @@ ANONYMIZE = replace(
     strength=0.6,
     guidance=replace(_PLAIN.guidance, through="pixels"),
 )
-HIDE = replace(preset("balanced").hide.fitting(has_few=False), steps=5, strength=0.8)
+HIDE = replace(
+    preset("balanced").hide.fitting(has_few=False, has_surrogates=False), steps=5, strength=0.8
+)
 
 
 @pytest.fixture

@@ -14,6 +14,7 @@ from diffveil.cli import distill as _distill
 from diffveil.cli import fuse as _fuse
 from diffveil.cli import identities as _identities
 from diffveil.cli import key as _key
+from diffveil.cli import surrogates as _surrogates
 from diffveil.cli import verify as _verify
 from diffveil.cli.exits import ExitCode, exit_code_of
 from diffveil.cli.secret import add_opening, add_sealing
@@ -109,6 +110,7 @@ Nothing in a pickled file is run. The bundle is verified against PyTorch, whole 
     "key": _key.EXAMPLES,
     "distill-guide": _distill.EXAMPLES,
     "fuse-step": _fuse.EXAMPLES,
+    "add-surrogates": _surrogates.EXAMPLES,
     "verify": _verify.EXAMPLES,
 }
 
@@ -206,6 +208,10 @@ def build_parser(arguments: Sequence[str] = ()) -> argparse.ArgumentParser:
 
     _fuse.add_arguments(
         add("fuse-step", "fuse", "put a sampling step into one program (extra: export)")
+    )
+
+    _surrogates.add_arguments(
+        add("add-surrogates", "surrogates", "looks for new faces to be drawn with (extra: export)")
     )
 
     _build.add_arguments(
