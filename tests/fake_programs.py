@@ -41,13 +41,16 @@ _CELL = DIMENSIONS.image_size // DIMENSIONS.latent_size
 def surrogate_tensors(count: int = 9, seed: int = 4) -> dict[str, Array]:
     """What a fake bundle's file of surrogates may hold."""
     rng = np.random.default_rng(seed)
-    identities = rng.standard_normal((count, DIMENSIONS.embedding_width))
-    identities /= np.linalg.norm(identities, axis=1, keepdims=True)
-    return {
-        "tokens": rng.integers(-127, 128, (count, 10, DIMENSIONS.token_width)).astype(np.int8),
-        "scale": rng.uniform(0.001, 0.01, (count, 10)).astype(np.float32),
-        "identities": identities.astype(np.float16),
+    d, rank = DIMENSIONS, 5
+    identities = rng.standard_normal((count, d.embedding_width))
+    directions = np.linalg.qr(rng.standard_normal((10 * d.token_width, rank)))[0].T
+    tensors = {
+        "mean": rng.standard_normal((10, d.token_width)),
+        "basis": directions.reshape(rank, 10, d.token_width),
+        "coefficients": rng.standard_normal((count, rank)),
+        "identities": identities / np.linalg.norm(identities, axis=1, keepdims=True),
     }
+    return {name: array.astype(np.float16, order="C") for name, array in tensors.items()}
 
 
 def fake_bundle(

@@ -25,6 +25,7 @@ _F32: TypeAlias = NDArray[np.float32]
 PEOPLE = 4
 """How many people a surrogate is the mean of."""
 
+_VARIANCE = 0.999  # share that is kept
 _SAME_PERSON = 0.3  # cosine above which two faces may be one person's
 
 
@@ -64,6 +65,8 @@ def mix(
 ) -> Surrogates:
     """Surrogates out of faces: each the mean of a face drawn at random and of those nearest to it.
 
+    Their tokens are kept in as many directions as 99.9 % of the variance needs.
+
     Args:
         tokens: Stage tokens of faces, float32 [M, 10, D].
         identities: Their embeddings, float32 [M, E], unit length.
@@ -99,7 +102,18 @@ def mix(
         means.append(tokens[members].mean(axis=0))
         mean = identities[members].mean(axis=0)
         seen.append(mean / np.linalg.norm(mean))
-    return Surrogates(np.stack(means), np.stack(seen))
+    return _compressed(np.stack(means), np.stack(seen))
+
+
+def _compressed(tokens: _F32, identities: _F32) -> Surrogates:
+    """Principal components: tokens of faces fill few of their dimensions."""
+    mean = tokens.mean(axis=0)
+    flat = (tokens - mean).reshape(len(tokens), -1)
+    _, sizes, directions = np.linalg.svd(flat, full_matrices=False)
+    kept = np.cumsum(sizes.astype(np.float64) ** 2)
+    rank = 1 + int(np.searchsorted(kept, _VARIANCE * kept[-1]))
+    basis = directions[: min(rank, len(directions))]
+    return Surrogates(mean, basis.reshape(-1, *mean.shape), flat @ basis.T, identities)
 
 
 def add_surrogates(
@@ -121,20 +135,16 @@ def add_surrogates(
     """
     d = bundle.dimensions
     wanted = ((d.stages, d.token_width), (d.embedding_width,))
-    given = (surrogates.tokens.shape[1:], surrogates.identities.shape[1:])
+    given = (surrogates.mean.shape, surrogates.identities.shape[1:])
     if given != wanted:
         raise OptionError(f"the surrogates are for {given}, the bundle has {wanted}")
     bundle.verify(full=True)
     with staged_folder(target, force=force) as folder:
         for name in sorted({f.name for f in bundle.manifest.all_files()} | {MANIFEST_FILE}):
             shutil.copyfile(bundle.path / name, folder / name)
-        scale = np.abs(surrogates.tokens).max(axis=2) / 127
-        scale = np.maximum(scale, 1e-12).astype(np.float32)
-        tensors = {
-            "tokens": np.rint(surrogates.tokens / scale[:, :, None]).clip(-127, 127).astype("i1"),
-            "scale": scale,
-            "identities": surrogates.identities.astype(np.float16),
-        }
+        attributes = ("mean", "basis", "coefficients", "identities")
+        # In C order: safetensors writes memory as it lies.
+        tensors = {n: getattr(surrogates, n).astype(np.float16, order="C") for n in attributes}
         save_file(tensors, folder / SURROGATES_FILE)
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         manifest["files"][SURROGATES_FILE] = digest(folder / SURROGATES_FILE)

@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument(
         "--faces", type=int, default=9000, help="faces to mix (default: %(default)s)"
     )
-    parser.add_argument("--count", type=int, default=512, help="how many (default: %(default)s)")
+    parser.add_argument("--count", type=int, default=2048, help="how many (default: %(default)s)")
     parser.add_argument("--force", action="store_true", help="replace a bundle that is there")
     args = parser.parse_args()
 

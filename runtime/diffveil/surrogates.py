@@ -6,14 +6,15 @@ TKDE 17(2), 2005, there in pixels). Conditioned on one, a face comes out whole, 
 unconditioned one has to be made up from its surroundings. A bundle may carry a collection of them;
 `diffveil_export.surrogates` makes it.
 
-Axes: N faces, V variants of each, K surrogates, D width of a token, E width of an embedding.
+Axes: N faces, V variants of each, K surrogates, R directions, D width of a token, E width of an
+embedding.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import dataclass
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,26 +33,25 @@ _APART = 0.1  # cosine to the photo's person above which a surrogate is no stran
 
 @dataclass(frozen=True)
 class Surrogates:
-    """A collection to choose from.
+    """A collection to choose from. Tokens are ``mean + coefficients · basis``.
+
+    Tokens of faces fill few of their 10·D dimensions, so thousands of surrogates take little room.
 
     Attributes:
-        tokens: Stage tokens, float32 [K, 10, D], K at least 1.
+        mean: Float32 [10, D].
+        basis: R orthonormal directions, float32 [R, 10, D].
+        coefficients: Float32 [K, R], K at least 1.
         identities: What the bundle's recognizer sees in them, float32 [K, E], unit length.
     """
 
-    tokens: _F32
+    mean: _F32
+    basis: _F32
+    coefficients: _F32
     identities: _F32
-    _looks: _F32 = field(init=False, repr=False, compare=False)
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "_looks", self._look(self.tokens))
 
     @classmethod
     def load(cls, bundle: Bundle) -> Surrogates:
-        """Those of a bundle that `has_surrogates`.
-
-        The file holds ``tokens``, int8 [K, 10, D], ``scale``, float32 [K, 10], which they are
-        multiplied by, and ``identities``, float16 [K, E].
+        """Those of a bundle that `has_surrogates`; the file holds the attributes in float16.
 
         Raises:
             BundleError: The bundle has none, or the file does not hold these tensors.
@@ -59,32 +59,41 @@ class Surrogates:
         """
         tensors = bundle.tensors(SURROGATES_FILE, _MAX_BYTES)
         d = bundle.dimensions
-        scale = tensors.get("scale")
-        count = 0 if scale is None or not scale.ndim else len(scale)
-        expected = {
-            "tokens": (np.int8, (count, d.stages, d.token_width)),
-            "scale": (np.float32, (count, d.stages)),
-            "identities": (np.float16, (count, d.embedding_width)),
+        axes = {"K": _length(tensors.get("identities")), "R": _length(tensors.get("basis"))}
+        expected: dict[str, tuple[int | str, ...]] = {
+            "mean": (d.stages, d.token_width),
+            "basis": ("R", d.stages, d.token_width),
+            "coefficients": ("K", "R"),
+            "identities": ("K", d.embedding_width),
         }
-        for name, (dtype, shape) in expected.items():
+        arrays: dict[str, _F32] = {}
+        for name, shape in expected.items():
             tensor = tensors.get(name)
-            if tensor is None or tensor.dtype != dtype or tensor.shape != shape or not count:
+            sizes = tuple(axes[axis] if isinstance(axis, str) else axis for axis in shape)
+            if tensor is None or tensor.dtype != np.float16 or tensor.shape != sizes or 0 in sizes:
                 received = "nothing" if tensor is None else f"{tensor.dtype} {list(tensor.shape)}"
                 raise BundleError(
                     f"'{SURROGATES_FILE}': tensor '{name}': received {received}, expected "
-                    f"{np.dtype(dtype)} {['K', *shape[1:]]}, K ≥ 1 everywhere the same"
+                    f"float16 [{', '.join(map(str, shape))}] with K and R of at least 1"
                 )
-        tokens = tensors["tokens"].astype(np.float32) * tensors["scale"][:, :, None]
-        identities = tensors["identities"].astype(np.float32)
-        lengths = np.linalg.norm(identities, axis=1, keepdims=True)
-        if not np.isfinite(tokens).all() or not (np.abs(lengths - 1.0) < 0.01).all():
+            arrays[name] = tensor.astype(np.float32)
+        lengths = np.linalg.norm(arrays["identities"], axis=1, keepdims=True)
+        finite = all(np.isfinite(array).all() for array in arrays.values())
+        if not finite or not (np.abs(lengths - 1.0) < 0.01).all():
             raise BundleError(
-                f"'{SURROGATES_FILE}': tokens are not finite, or identities not of unit length"
+                f"'{SURROGATES_FILE}': tensors are not finite, or identities not of unit length"
             )
-        return cls(tokens, identities / lengths)
+        arrays["identities"] /= lengths
+        return cls(**arrays)
 
     def __len__(self) -> int:
-        return len(self.tokens)
+        return len(self.coefficients)
+
+    def tokens(self, which: NDArray[np.intp]) -> _F32:
+        """Stage tokens [N, 10, D] of some, by their numbers [N]."""
+        away = self.coefficients[which] @ self.basis.reshape(len(self.basis), -1)
+        tokens: _F32 = self.mean + away.reshape(len(which), *self.mean.shape)
+        return tokens
 
     def choose(
         self,
@@ -110,7 +119,10 @@ class Surrogates:
         Returns:
             Tokens, float32 [N, V, 10, D].
         """
-        nearness = self._look(tokens) @ self._looks.T
+        # Less the mean: most of a token is what all faces share.
+        away = (tokens - self.mean).reshape(len(tokens), -1)
+        coefficients = away @ self.basis.reshape(len(self.basis), -1).T
+        nearness = _directions(coefficients) @ _directions(self.coefficients).T
         if apart:
             likeness = identities @ self.identities.T
             # Minus the likeness: where everyone is too alike, the least alike comes first.
@@ -124,13 +136,15 @@ class Surrogates:
             words = key.derive("diffveil/v1/surrogate").words(len(nearest))
             order = np.argsort(words, kind="stable")
             rows.append([nearest[order[v % len(nearest)]] for v in range(variants)])
-        chosen: _F32 = self.tokens[np.array(rows)]
-        return chosen
+        chosen = self.tokens(np.array(rows).reshape(-1))
+        return chosen.reshape(len(tokens), variants, *self.mean.shape)
 
-    def _look(self, tokens: _F32) -> _F32:
-        """Unit vectors [N, 10·D] whose cosines say how alike tokens look."""
-        # Less the mean: most of a token is what all faces share.
-        apart = (tokens - self.tokens.mean(axis=0)).reshape(len(tokens), -1)
-        lengths = np.linalg.norm(apart, axis=1, keepdims=True)
-        looks: _F32 = (apart / np.maximum(lengths, 1e-6)).astype(np.float32)
-        return looks
+
+def _directions(vectors: _F32) -> _F32:
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    directions: _F32 = vectors / np.maximum(lengths, np.float32(1e-6))
+    return directions
+
+
+def _length(tensor: NDArray[Any] | None) -> int:
+    return 0 if tensor is None or not tensor.ndim else len(tensor)

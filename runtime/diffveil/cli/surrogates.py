@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--aligned", action="store_true", help="each photo is one face, aligned already"
     )
     parser.add_argument(
-        "--count", type=int, default=512, metavar="N", help="surrogates (default: %(default)s)"
+        "--count", type=int, default=2048, metavar="N", help="surrogates (default: %(default)s)"
     )
     parser.add_argument(
         "--people",
