@@ -72,6 +72,7 @@ def protect(
     noise: torch.Tensor,
     recipe: Recipe,
     face_mask: torch.Tensor | None = None,
+    others: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Partly noise photos' latents and denoise them, steered by the identity energy.
 
@@ -82,6 +83,8 @@ def protect(
         recipe: Steps, weights and thresholds.
         face_mask: [s, s] in [0, 1], 1 on the face; outside it, latents below
             `recipe.background_below` are the photo's. None keeps nothing.
+        others: Stage tokens [N·V, 10, D] that take the place of the empty prompt; None for that,
+            as published.
 
     Returns:
         Images [N, V, 3, S, S], clipped to [-1, 1].
@@ -109,6 +112,8 @@ def protect(
         there = alpha_bar[timesteps[index - 1]] if index else alpha_bar[0]
         if t > recipe.conditional_above:
             conditioning = _conditioning(components, tokens, t, variants)
+        elif others is not None:
+            conditioning = _conditioning(components, others, t, 1)
         else:
             conditioning = components.unconditional.expand(len(z), -1, -1)
         epsilon = components.unet(z, torch.full((len(z),), t), conditioning)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,10 +19,12 @@ from diffveil.masks import face_mask, latent_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.plans import Guidance, Inversion, Plan
+from diffveil.surrogates import Surrogates
 from diffveil_export import oracle
 from diffveil_export.components import Components
 from diffveil_export.oracle import Recipe
 from diffveil_export.storage import round_weights
+from diffveil_export.surrogates import add_surrogates, mix
 from tiny_models import tiny_components
 
 F32 = NDArray[np.float32]
@@ -112,6 +115,47 @@ def test_protection_is_the_published_method(
     # The comparison would not notice guidance that does nothing.
     unguided = reference(exact, torch.float64, replace(recipe, weights=((-1, 0.0),)))
     assert np.abs(ours - unguided.numpy()).max() > 0.02
+
+
+@pytest.mark.parametrize(("faces", "variants"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize("recipe", [ANONYMIZE, HIDE], ids=["anonymize", "hide"])
+def test_surrogates_take_the_place_of_the_empty_prompt(
+    tiny_bundle: Bundle,
+    components: Components,
+    exact: Components,
+    rng: np.random.Generator,
+    tmp_path: Path,
+    recipe: Recipe,
+    faces: int,
+    variants: int,
+) -> None:
+    d = tiny_bundle.dimensions
+    people = rng.standard_normal((40, d.embedding_width))
+    people /= np.linalg.norm(people, axis=1, keepdims=True)
+    tokens = rng.standard_normal((40, d.stages, d.token_width)).astype(np.float32)
+    mixed = mix(tokens, people.astype(np.float32), 9, people=2)
+    bundle = add_surrogates(tiny_bundle, mixed, tmp_path / "b", origin="nobody")
+    operations = FaceOperations(Programs(bundle, ONNXRuntimeCPU(threads=1)))
+    crops = rng.uniform(-1, 1, (faces, 3, 32, 32)).astype(np.float32)
+    keys = [NoiseKey.from_seed(face) for face in range(faces)]
+    act = operations.anonymize if recipe.mode == "repel" else operations.hide
+    plan = replace(plan_of(recipe), background_below=0, surrogate=True)
+    ours = act(crops, plan, keys=keys, variants=variants)
+
+    seen = operations.prepare(crops)
+    others = Surrogates.load(bundle).choose(
+        seen.tokens, seen.identities, keys, variants=variants, apart=recipe.mode == "repel"
+    )
+    others = others.reshape(-1, *others.shape[2:])
+    noise = operations.start_noise(keys, variants)
+
+    def reference(model: Components, dtype: torch.dtype, empty: bool = False) -> torch.Tensor:
+        image, start, looks = (torch.from_numpy(a).to(dtype) for a in (crops, noise, others))
+        return oracle.protect(model, image, start, recipe, others=None if empty else looks)
+
+    assert_as_good_as_pytorch(ours, reference, [components, exact])
+    # Nor would it notice surrogates that are left out.
+    assert np.abs(ours - reference(exact, torch.float64, empty=True).numpy()).max() > 1e-3
 
 
 @pytest.mark.parametrize("faces", [1, 3])
