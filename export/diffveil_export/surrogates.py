@@ -25,6 +25,7 @@ _F32: TypeAlias = NDArray[np.float32]
 PEOPLE = 4
 """How many people a surrogate is the mean of."""
 
+_CHUNK = 64  # faces that are compared with all others at once
 _VARIANCE = 0.999  # share that is kept
 _SAME_PERSON = 0.3  # cosine above which two faces may be one person's
 
@@ -86,22 +87,23 @@ def mix(
     looks = (tokens - tokens.mean(axis=0)).reshape(len(tokens), -1)
     looks /= np.maximum(np.linalg.norm(looks, axis=1, keepdims=True), 1e-6)
     means, seen = [], []
-    for first in drawn:
-        members = [first]
-        strangers = identities @ identities[first] < _SAME_PERSON
-        nearness = looks @ looks[first]
-        for _ in range(people - 1):
-            if not strangers.any():
-                raise OptionError(
-                    f"surrogates: received faces of too few people, expected {people} different "
-                    "ones or more"
-                )
-            nearest = int(np.argmax(np.where(strangers, nearness, -np.inf)))
-            members.append(nearest)
-            strangers &= identities @ identities[nearest] < _SAME_PERSON
-        means.append(tokens[members].mean(axis=0))
-        mean = identities[members].mean(axis=0)
-        seen.append(mean / np.linalg.norm(mean))
+    for start in range(0, len(drawn), _CHUNK):
+        firsts = drawn[start : start + _CHUNK]
+        for first, nearness in zip(firsts, looks[firsts] @ looks.T, strict=True):
+            members = [int(first)]
+            strangers = identities @ identities[first] < _SAME_PERSON
+            for _ in range(people - 1):
+                if not strangers.any():
+                    raise OptionError(
+                        f"surrogates: received faces of too few people, expected {people} "
+                        "different ones or more"
+                    )
+                nearest = int(np.argmax(np.where(strangers, nearness, -np.inf)))
+                members.append(nearest)
+                strangers &= identities @ identities[nearest] < _SAME_PERSON
+            means.append(tokens[members].mean(axis=0))
+            mean = identities[members].mean(axis=0)
+            seen.append(mean / np.linalg.norm(mean))
     return _compressed(np.stack(means), np.stack(seen))
 
 

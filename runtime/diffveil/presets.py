@@ -96,18 +96,23 @@ _HIDE = Plan(
 
 # After the first steps, a surrogate's conditioning: with it faces come out whole, without any they
 # are made up from what surrounds them. A surrogate leads away from the person by itself, so that
-# guidance may be gentler.
-def _drawn(plan: Plan, *, strength: float, weight: float) -> Plan:
+# guidance may leave faces alone sooner, and more noise costs no wholeness.
+def _drawn(plan: Plan, *, steps: int, strength: float, guidance: Guidance) -> Plan:
     """The plan with the distilled model and surrogates; as it is on bundles that have neither."""
     few = replace(plan, distilled=True, otherwise=plan)
-    guidance = replace(plan.guidance, weight=((-1, weight),))
-    return replace(few, surrogate=True, strength=strength, guidance=guidance, otherwise=few)
+    return replace(
+        few, surrogate=True, steps=steps, strength=strength, guidance=guidance, otherwise=few
+    )
+
+
+def _repel(weight: float) -> Guidance:
+    return replace(_REPEL, weight=((-1, weight),), margin=-0.4)
 
 
 _BALANCED = Preset(
     name="balanced",
-    anonymize=_drawn(_ANONYMIZE, strength=0.8, weight=0.08),
-    hide=_drawn(_HIDE, strength=0.9, weight=0.12),
+    anonymize=_drawn(_ANONYMIZE, steps=12, strength=0.9, guidance=_repel(0.12)),
+    hide=_drawn(_HIDE, steps=14, strength=0.9, guidance=_HIDE.guidance),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
@@ -115,8 +120,8 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=_drawn(_QUICKER, strength=0.8, weight=0.1),
-    hide=_drawn(_QUICKER_HIDE, strength=0.8, weight=0.12),
+    anonymize=_drawn(_QUICKER, steps=8, strength=0.9, guidance=_repel(0.16)),
+    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_HIDE.guidance),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 

@@ -28,7 +28,9 @@ __all__ = ["Surrogates"]
 _F32: TypeAlias = NDArray[np.float32]
 _MAX_BYTES = 256 << 20
 _NEAREST = 6  # that one is drawn from: fewer would fit better, and be the same in every photo
-_APART = 0.1  # cosine to the photo's person above which a surrogate is no stranger
+_APART = 0.15  # cosine to the photo's person above which a surrogate is no stranger
+_OUT = -3.0  # below every nearness
+_LIKENESS = 0.5  # what a cosine of embeddings counts beside one of tokens: sex, age and skin
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,8 @@ class Surrogates:
     ) -> _F32:
         """For every face, surrogates that look like it: held, lit and coloured alike.
 
-        One of the nearest by tokens, drawn by the face's key; another for each of its variants, as
-        far as there are more.
+        One of the nearest by tokens and embedding, drawn by the face's key; another for each of its
+        variants, as far as there are more.
 
         Args:
             tokens: Stage tokens of the faces, float32 [N, 10, D].
@@ -122,16 +124,17 @@ class Surrogates:
         # Less the mean: most of a token is what all faces share.
         away = (tokens - self.mean).reshape(len(tokens), -1)
         coefficients = away @ self.basis.reshape(len(self.basis), -1).T
+        likeness = identities @ self.identities.T
         nearness = _directions(coefficients) @ _directions(self.coefficients).T
+        nearness = nearness + np.float32(_LIKENESS) * likeness
         if apart:
-            likeness = identities @ self.identities.T
             # Minus the likeness: where everyone is too alike, the least alike comes first.
-            nearness = np.where(likeness > _APART, -2.0 - likeness, nearness)
+            nearness = np.where(likeness > _APART, _OUT - likeness, nearness)
         rows = []
         for face, key in zip(nearness, keys, strict=True):
             nearest = np.argsort(-face, kind="stable")[:_NEAREST]
             if apart:
-                strangers = nearest[face[nearest] > -2.0]
+                strangers = nearest[face[nearest] > _OUT]
                 nearest = strangers if len(strangers) else nearest[:1]
             words = key.derive("diffveil/v1/surrogate").words(len(nearest))
             order = np.argsort(words, kind="stable")
