@@ -259,7 +259,7 @@ class FaceOperations:
         surrogates = None
         if plan.surrogate:
             surrogates = self._surrogates.choose(
-                faces.tokens, faces.identities, keys, variants=variants, apart=mode == "repel"
+                faces.tokens, faces.identities, keys, variants=variants, apart=operation != "hide"
             ).reshape(-1, *faces.tokens.shape[1:])
         denoise = Denoiser(
             self.programs,
