@@ -23,11 +23,13 @@ from diffveil.errors import OptionError
 from diffveil.facebatch import Crops, FaceBatch
 from diffveil.fused import Background, can_run_fused, run_fused
 from diffveil.guidance import IdentityGuidance
+from diffveil.masks import face_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Inversion, Plan
 from diffveil.samplers import SamplerTable, retrace
 from diffveil.sampling import Latent, Progress, add_noise, run
 from diffveil.surrogates import Surrogates
+from diffveil.tones import match_tones
 from diffveil.wholeloops import run_whole
 
 __all__ = ["FaceOperations"]
@@ -326,6 +328,10 @@ class FaceOperations:
                 progress=progress,
             )
         images = self._decode(x)
+        if plan.match_tones:
+            crops = np.repeat(faces.crops, variants, axis=0)
+            mask = face_mask(self.bundle.image_size, self.bundle.template)
+            images = match_tones(images, crops, mask.astype(np.float32))
         return images.reshape(len(faces), variants, *images.shape[1:])
 
     def _unguided(

@@ -149,6 +149,7 @@ class Plan:
             another spacing than ``"leading"``.
         distilled: Sample with `denoise_few`, the model distilled for few steps.
         surrogate: Condition on a surrogate's tokens where the photo's own do not hold.
+        match_tones: Give drawn faces the mean and spread of the photo's colours.
         otherwise: The plan that takes this one's place on bundles without `denoise_few` or without
             surrogates, whichever it asks for; None to do by the same numbers without them.
         background: What the background is reset to: the photo's latent ``"noised"`` as far as the
@@ -169,6 +170,7 @@ class Plan:
     fresh_noise: float = 1.0
     distilled: bool = False
     surrogate: bool = False
+    match_tones: bool = False
     otherwise: Plan | None = None
 
     def __post_init__(self) -> None:

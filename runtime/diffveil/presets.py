@@ -101,7 +101,13 @@ def _drawn(plan: Plan, *, steps: int, strength: float, guidance: Guidance) -> Pl
     """The plan with the distilled model and surrogates; as it is on bundles that have neither."""
     few = replace(plan, distilled=True, otherwise=plan)
     return replace(
-        few, surrogate=True, steps=steps, strength=strength, guidance=guidance, otherwise=few
+        few,
+        surrogate=True,
+        match_tones=True,
+        steps=steps,
+        strength=strength,
+        guidance=guidance,
+        otherwise=few,
     )
 
 
