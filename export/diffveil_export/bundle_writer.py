@@ -17,13 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from diffveil._manifest import FORMAT, VERSION, Cost, ParityEntry
-from diffveil.bundle import MANIFEST_FILE
+from diffveil.bundle import MANIFEST_FILE, Bundle
 from diffveil.errors import OptionError
 from diffveil.programs import STAGES, Dimensions, ProgramSpec
 from diffveil_export.components import Components
 
 __all__ = [
     "ProgramFacts",
+    "copy_bundle",
     "digest",
     "enter_program",
     "staged_folder",
@@ -109,6 +110,13 @@ def _refuse_existing(target: Path, force: bool) -> None:
     # --force replaces a bundle, never somebody's photos.
     if target.is_symlink() or not (target / MANIFEST_FILE).is_file():
         raise OptionError(f"'{target}' exists and is no bundle: remove it yourself")
+
+
+def copy_bundle(bundle: Bundle, folder: Path, *, without: Iterable[str] = ()) -> None:
+    """Copy a bundle's manifest and listed files, but for some; engines built from it stay."""
+    names = {file.name for file in bundle.manifest.all_files()} | {MANIFEST_FILE}
+    for name in sorted(names - set(without)):
+        shutil.copyfile(bundle.path / name, folder / name)
 
 
 def write_manifest(

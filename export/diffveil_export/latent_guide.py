@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES
 from diffveil_export.bundle_writer import (
     ProgramFacts,
+    copy_bundle,
     enter_program,
     staged_folder,
     write_json,
@@ -84,9 +84,7 @@ def add_latent_guide(
     guide = latent_guide(student)
     round_weights(guide, weights)
     with staged_folder(target, force=force) as folder:
-        listed = {file.name for file in bundle.manifest.all_files()} - {_DATA}
-        for name in sorted(listed | {MANIFEST_FILE}):
-            shutil.copyfile(bundle.path / name, folder / name)
+        copy_bundle(bundle, folder, without=[_DATA])
         _drop_step(folder)
 
         inputs = random_inputs(_SPEC, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import onnx_ir as ir
@@ -10,12 +9,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from diffveil.bundle import MANIFEST_FILE, Bundle
+from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
 from diffveil.golden import GOLDEN_FILE
 from diffveil.parity import OutputParity
 from diffveil.programs import ALL_PROGRAMS, LOOP_PROGRAMS, ProgramSpec
-from diffveil_export.bundle_writer import ProgramFacts, enter_program, staged_folder
+from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, enter_program, staged_folder
 from diffveil_export.cost import program_cost
 from diffveil_export.golden import golden_outputs
 from diffveil_export.lower import lower
@@ -45,8 +44,7 @@ def add_loop_programs(bundle: Bundle, target: Path, *, force: bool = False) -> B
     bundle.verify(full=True)
     modules = dict(zip(LOOP_PROGRAMS, (PredictProgram(), Steer(), Advance()), strict=True))
     with staged_folder(target, force=force) as folder:
-        for file in {f.name for f in bundle.manifest.all_files()} | {MANIFEST_FILE}:
-            shutil.copyfile(bundle.path / file, folder / file)
+        copy_bundle(bundle, folder)
         tensors = load_file(folder / GOLDEN_FILE) if bundle.has_golden else None
         for name, module in modules.items():
             spec = ALL_PROGRAMS[name]

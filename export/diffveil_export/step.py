@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -12,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffveil._manifest import Cost
-from diffveil.bundle import MANIFEST_FILE, Bundle
+from diffveil.bundle import Bundle
 from diffveil.engines import Engine, ONNXRuntimeCPU
 from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil.parity import OutputParity
@@ -23,7 +22,7 @@ from diffveil.programs import (
     TensorSpec,
 )
 from diffveil_export.assembly import Assembly
-from diffveil_export.bundle_writer import ProgramFacts, enter_program, staged_folder
+from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, enter_program, staged_folder
 from diffveil_export.cost import program_cost
 from diffveil_export.golden import golden_outputs, is_large
 from diffveil_export.lower import lower
@@ -137,8 +136,7 @@ def fuse_step(bundle: Bundle, target: Path, *, force: bool = False) -> Bundle:
     entries = [bundle.program(part) for part in parts]
     bundle.verify(full=True)
     with staged_folder(target, force=force) as folder:
-        for file in {f.name for f in bundle.manifest.all_files()} | {MANIFEST_FILE}:
-            shutil.copyfile(bundle.path / file, folder / file)
+        copy_bundle(bundle, folder)
         graphs, whole = StepGraphs(bundle), Assembly(d)
         outputs = graphs.append(whole, {t.name: whole.input(t) for t in _SPEC.inputs})
         model = whole.model([(t, outputs[t.name]) for t in _SPEC.outputs])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TypeAlias
@@ -16,7 +15,7 @@ from diffveil.bundle import MANIFEST_FILE, SURROGATES_FILE, Bundle
 from diffveil.engines import Programs
 from diffveil.errors import OptionError
 from diffveil.surrogates import Surrogates
-from diffveil_export.bundle_writer import digest, staged_folder, write_json
+from diffveil_export.bundle_writer import copy_bundle, digest, staged_folder, write_json
 
 __all__ = ["PEOPLE", "add_surrogates", "look_at", "mix"]
 
@@ -142,8 +141,7 @@ def add_surrogates(
         raise OptionError(f"the surrogates are for {given}, the bundle has {wanted}")
     bundle.verify(full=True)
     with staged_folder(target, force=force) as folder:
-        for name in sorted({f.name for f in bundle.manifest.all_files()} | {MANIFEST_FILE}):
-            shutil.copyfile(bundle.path / name, folder / name)
+        copy_bundle(bundle, folder)
         attributes = ("mean", "basis", "coefficients", "identities")
         # In C order: safetensors writes memory as it lies.
         tensors = {n: getattr(surrogates, n).astype(np.float16, order="C") for n in attributes}

@@ -192,7 +192,7 @@ class Bundle:
         _check_hash(name, hashlib.sha256(raw).hexdigest(), entry)
         try:
             return dict(load(raw))
-        except (SafetensorError, KeyError, ValueError) as error:
+        except (SafetensorError, KeyError, ValueError, TypeError) as error:
             raise BundleError(f"'{name}' is not a safetensors file: {error}") from error
 
     def program(self, name: str) -> ProgramEntry:
