@@ -93,7 +93,8 @@ def choices(
         return
     for operation in _OPERATIONS:
         fast: Plan = getattr(PRESETS["fast"], operation)
-        base = fast.fitting(has_few, has_surrogates)
+        # One draw each: what a choice does by itself.
+        base = replace(fast.fitting(has_few, has_surrogates), redraws=0)
         for family, sampler, distilled in _SAMPLERS:
             if distilled and not has_few:
                 continue

@@ -22,6 +22,7 @@ PLAN = replace(
     sampler="ddim",
     steps=8,
     fresh_noise=0.7,
+    redraws=0,
 )
 """One gradient at every step, so that loops of `step` run it; short."""
 

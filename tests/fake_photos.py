@@ -21,8 +21,8 @@ Pixels = NDArray[np.uint8]
 _BALANCED = PRESETS["balanced"].with_(steps=4, strength=0.6)
 PRESET = replace(
     _BALANCED,
-    anonymize=replace(_BALANCED.anonymize, fresh_noise=1.0),
-    hide=replace(_BALANCED.hide, fresh_noise=1.0),
+    anonymize=replace(_BALANCED.anonymize, fresh_noise=1.0, redraws=0),
+    hide=replace(_BALANCED.hide, fresh_noise=1.0, redraws=0),
     recovery=Inversion("o-belm", 3),
 )
 """Few steps, so that tests are quick, and the exact sampler."""

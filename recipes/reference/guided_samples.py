@@ -56,8 +56,10 @@ class Sampler:
         conditioner = self._network.conditioner
         if timestep > plan.conditional_above:
             return conditioner.expand(faces.tokens[:, timestep // 100])
-        if plan.surrogate:
-            return conditioner.expand(faces.surrogates[:, timestep // 100])
+        if plan.surrogate > 0.0:
+            share, stage = plan.surrogate, timestep // 100
+            mixed = share * faces.surrogates[:, stage] + (1 - share) * faces.tokens[:, stage]
+            return conditioner.expand(mixed)
         return conditioner.unconditional().expand(len(faces.latent), -1, -1)
 
     def surrogates(

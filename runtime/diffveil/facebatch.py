@@ -47,6 +47,14 @@ class FaceBatch:
     def __len__(self) -> int:
         return len(self.crops)
 
+    def take(self, rows: NDArray[np.intp]) -> FaceBatch:
+        """Some of the faces, by their numbers [R]; what is known of them is not asked again."""
+        part = FaceBatch(self._programs, self.crops[rows], self._max_batch)
+        for name in ("masks", "latents", "tokens", "identities"):
+            if name in self.__dict__:
+                part.__dict__[name] = self.__dict__[name][rows]
+        return part
+
     @cached_property
     def masks(self) -> _F32:
         """Where the face is in the latent: float32 [N, 1, s, s], 0 … 1.

@@ -10,7 +10,6 @@ an embedding, D width of a token, K latents of a noise map. Crops are RGB in [-1
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cached_property
 from typing import TypeAlias
 
 import numpy as np
@@ -18,19 +17,14 @@ from numpy.typing import NDArray
 
 from diffveil.batching import MAX_BATCH, in_chunks
 from diffveil.denoising import Denoiser
+from diffveil.drawing import FaceDrawing
 from diffveil.engines import Programs
 from diffveil.errors import OptionError
 from diffveil.facebatch import Crops, FaceBatch
-from diffveil.fused import Background, can_run_fused, run_fused
-from diffveil.guidance import IdentityGuidance
-from diffveil.masks import face_mask
-from diffveil.noise import NoiseKey, normal
+from diffveil.noise import NoiseKey
 from diffveil.plans import Inversion, Plan
-from diffveil.samplers import SamplerTable, retrace
-from diffveil.sampling import Latent, Progress, add_noise, run
-from diffveil.surrogates import Surrogates
-from diffveil.tones import match_tones
-from diffveil.wholeloops import run_whole
+from diffveil.sampling import Latent, Progress
+from diffveil.wholeloops import run_anywhere
 
 __all__ = ["FaceOperations"]
 
@@ -59,6 +53,7 @@ class FaceOperations:
         self.bundle = programs.bundle
         self.schedule = self.bundle.manifest.schedule
         self.max_batch = max_batch
+        self._drawing = FaceDrawing(programs, max_batch)
 
     def prepare(self, crops: _F32) -> FaceBatch:
         """Crops [N, 3, S, S] with room for what several operations ask about them.
@@ -171,7 +166,14 @@ class FaceOperations:
         table = inversion.forward(self.schedule)
         tokens = faces.tokens if tokens is None else tokens
         denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
-        noisiest, before = self._unguided(table, faces.latents, denoise, progress=progress)
+        noisiest, before = run_anywhere(
+            self.programs,
+            table,
+            faces.latents,
+            denoise,
+            max_batch=self.max_batch,
+            progress=progress,
+        )
         latents = (noisiest, before)[: inversion.latents]
         return tokens, np.stack(latents, axis=1)
 
@@ -201,12 +203,17 @@ class FaceOperations:
         self._check_noise_map(tokens, latents, inversion)
         table = inversion.recovery(self.schedule)
         denoise = Denoiser(self.programs, tokens, table.timesteps, max_batch=self.max_batch)
-        if table.needs_pair:
-            # The way back enters the pair from its other end.
-            x, x_prev = latents[:, 1], latents[:, 0]
-            clean, _ = self._unguided(table, x, denoise, x_prev, progress)
-        else:
-            clean, _ = self._unguided(table, latents[:, 0], denoise, progress=progress)
+        # The way back enters a pair from its other end.
+        x, x_prev = (latents[:, 1], latents[:, 0]) if table.needs_pair else (latents[:, 0], None)
+        clean, _ = run_anywhere(
+            self.programs,
+            table,
+            x,
+            denoise,
+            x_prev=x_prev,
+            max_batch=self.max_batch,
+            progress=progress,
+        )
         return self._decode(clean)
 
     def embed(self, crops: Crops) -> _F32:
@@ -220,26 +227,7 @@ class FaceOperations:
 
     def start_noise(self, keys: Sequence[NoiseKey], variants: int = 1) -> Latent:
         """Unit Gaussian noise that faces start from, float32 [N, V, C, s, s]."""
-        noise = self._noise(keys, variants, "diffveil/v1/start")
-        return noise.reshape(len(keys), variants, *noise.shape[1:])
-
-    def _step_noise(self, keys: Sequence[NoiseKey], variants: int, index: int) -> Latent:
-        """Unit Gaussian noise that a stochastic sampler adds at a step, [N·V, C, s, s]."""
-        return self._noise(keys, variants, "diffveil/v1/step", index)
-
-    @cached_property
-    def _surrogates(self) -> Surrogates:
-        return Surrogates.load(self.bundle)
-
-    def _noise(self, keys: Sequence[NoiseKey], variants: int, label: str, *indices: int) -> Latent:
-        d = self.bundle.dimensions
-        shape = (d.latent_channels, d.latent_size, d.latent_size)
-        noise = [
-            normal(key.derive(label, variant, *indices), shape)
-            for key in keys
-            for variant in range(variants)
-        ]
-        return np.stack(noise)
+        return self._drawing.start_noise(keys, variants)
 
     def _protect(
         self,
@@ -255,112 +243,15 @@ class FaceOperations:
         faces = self._batch(crops)
         self._check_protect(operation, mode, plan, len(faces), len(keys), variants)
         plan = plan.fitting(self.programs.can("denoise_few"), self.bundle.has_surrogates)
-        table = plan.table(self.schedule)
-        clean = np.repeat(faces.latents, variants, axis=0)
-        noise = self.start_noise(keys, variants).reshape(clean.shape)
-        surrogates = None
-        if plan.surrogate:
-            surrogates = self._surrogates.choose(
-                faces.tokens, faces.identities, keys, variants=variants, apart=operation != "hide"
-            ).reshape(-1, *faces.tokens.shape[1:])
-        denoise = Denoiser(
-            self.programs,
-            faces.tokens,
-            table.timesteps,
-            conditional_above=plan.conditional_above,
-            surrogates=surrogates,
-            max_batch=self.max_batch,
-            distilled=plan.distilled,
-        )
-        if plan.fresh_noise < 1.0:
-            own = np.repeat(self._own_noise(faces, denoise.undistilled(), table), variants, axis=0)
-            noise = _mixed(own, noise, plan.fresh_noise)
-        x = add_noise(self.schedule, clean, noise, table.start_timestep)
-        gradient = None
-        if any(step.g != 0.0 for step in table.steps):  # else nobody need be recognised
-            gradient = IdentityGuidance(
-                self.programs,
-                plan.guidance,
-                faces.identities if anchors is None else anchors,
-                variants=variants,
-                max_batch=self.max_batch,
-            )
-        background = None
-        if plan.background_below:
-            masks = np.repeat(faces.masks, variants, axis=0)
-            background = Background(self.schedule, plan, clean, noise, masks)
-
-        def fresh(index: int) -> Latent:
-            return self._step_noise(keys, variants, index)
-
-        denoise = denoise.varied(variants)
-        if gradient is not None and can_run_fused(self.programs, plan, table):
-            x = run_fused(
-                self.programs,
-                table,
-                x,
-                denoise,
-                gradient,
-                noise=fresh,
-                background=background,
-                max_batch=self.max_batch,
-                progress=progress,
-            )
-        else:
-            whole = run_whole(
-                self.programs,
-                table,
-                x,
-                denoise,
-                guidance=gradient,
-                noise=fresh,
-                background=background,
-                max_batch=self.max_batch,
-                progress=progress,
-            )
-            x, _ = whole or run(
-                table,
-                x,
-                denoise,
-                gradient=gradient,
-                noise=fresh,
-                blend=background,
-                progress=progress,
-            )
-        images = self._decode(x)
-        if plan.match_tones:
-            crops = np.repeat(faces.crops, variants, axis=0)
-            mask = face_mask(self.bundle.image_size, self.bundle.template)
-            images = match_tones(images, crops, mask.astype(np.float32))
-        return images.reshape(len(faces), variants, *images.shape[1:])
-
-    def _unguided(
-        self,
-        table: SamplerTable,
-        x: Latent,
-        denoise: Denoiser,
-        x_prev: Latent | None = None,
-        progress: Progress | None = None,
-    ) -> tuple[Latent, Latent]:
-        """Run a table without guidance, noise or background; see `diffveil.sampling.run`."""
-        whole = run_whole(
-            self.programs,
-            table,
-            x,
-            denoise,
-            x_prev=x_prev,
-            max_batch=self.max_batch,
+        return self._drawing.faces(
+            faces,
+            plan,
+            keys=keys,
+            variants=variants,
+            apart=operation != "hide",
+            anchors=anchors,
             progress=progress,
         )
-        return whole or run(table, x, denoise, x_prev=x_prev, progress=progress)
-
-    def _own_noise(self, faces: FaceBatch, denoise: Denoiser, table: SamplerTable) -> Latent:
-        """Noise [N, C, s, s] that an unguided run of the table turns into the photo itself."""
-        up = retrace(self.schedule, table)
-        x, _ = self._unguided(up, faces.latents, denoise)
-        start = table.start_timestep
-        signal, sigma = self.schedule.signal(start), self.schedule.noise(start)
-        return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)
 
     def _decode(self, latents: Latent) -> _F32:
         images = in_chunks(self.programs.decode, self.max_batch, latent=latents)
@@ -404,9 +295,3 @@ class FaceOperations:
             problems.append("tokens: received no faces, expected at least one")
         if problems:
             raise OptionError("recover: " + "; ".join(problems))
-
-
-def _mixed(own: Latent, fresh: Latent, share: float) -> Latent:
-    """√(1 − f²)·own + f·fresh: two unit Gaussians give a unit Gaussian."""
-    kept = np.multiply(own, np.sqrt(1.0 - share**2), dtype=np.float64)
-    return (kept + np.multiply(fresh, share, dtype=np.float64)).astype(np.float32)

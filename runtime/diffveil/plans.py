@@ -34,6 +34,7 @@ __all__ = ["Guidance", "Inversion", "Plan", "Preset"]
 
 _TIMESTEPS = 1000
 _MOST_REPEATS = 100
+_MOST_REDRAWS = 16
 _SAMPLERS: Mapping[str, Callable[..., SamplerTable]] = MappingProxyType(
     {"ddim": ddim, "dpm++2m": dpm_solver, "lcm": lcm, "tcd": tcd}
 )
@@ -148,8 +149,13 @@ class Plan:
             photo look like a photograph, and leaves the change of identity to the guidance; needs
             another spacing than ``"leading"``.
         distilled: Sample with `denoise_few`, the model distilled for few steps.
-        surrogate: Condition on a surrogate's tokens where the photo's own do not hold.
+        surrogate: Share s of a surrogate in the tokens that hold where the photo's own do not, in
+            [0, 1]: s·surrogate + (1 − s)·own; 0: the unconditional conditioning holds there.
         match_tones: Give drawn faces the mean and spread of the photo's colours.
+        accept: Cosine similarity of a drawn face to the photo's identity, as the recognizer sees
+            it: at most this to repel, at least this to attract. Faces beyond it are drawn again.
+            None: every face is taken.
+        redraws: How many times at most. The best of all draws is kept.
         otherwise: The plan that takes this one's place on bundles without `denoise_few` or without
             surrogates, whichever it asks for; None to do by the same numbers without them.
         background: What the background is reset to: the photo's latent ``"noised"`` as far as the
@@ -169,8 +175,10 @@ class Plan:
     background: Literal["noised", "clean"] = "noised"
     fresh_noise: float = 1.0
     distilled: bool = False
-    surrogate: bool = False
+    surrogate: float = 0.0
     match_tones: bool = False
+    accept: float | None = None
+    redraws: int = 0
     otherwise: Plan | None = None
 
     def __post_init__(self) -> None:
@@ -199,10 +207,18 @@ class Plan:
             problems.append(f"fresh_noise is {self.fresh_noise}, expected 0 to 1")
         elif self.fresh_noise < 1.0 and self.spacing == "leading":
             problems.append("fresh_noise below 1 needs another spacing than 'leading'")
-        elif self.fresh_noise < 1.0 and self.surrogate:
+        elif self.fresh_noise < 1.0 and self.surrogate > 0.0:
             problems.append("fresh_noise below 1 keeps what a surrogate is to replace")
+        if not 0.0 <= self.surrogate <= 1.0:
+            problems.append(f"surrogate is {self.surrogate}, expected 0 to 1")
+        if self.accept is not None and not -1.0 <= self.accept <= 1.0:
+            problems.append(f"accept is {self.accept}, expected -1 to 1, or None")
+        if not 0 <= self.redraws <= _MOST_REDRAWS:
+            problems.append(f"redraws is {self.redraws}, expected 0 to {_MOST_REDRAWS}")
+        if self.redraws and self.accept is None:
+            problems.append("redraws is given, but accept takes every face")
         if self.otherwise is not None:
-            if not self.distilled and not self.surrogate:
+            if not self.distilled and not self.surrogate > 0.0:
                 problems.append("otherwise is given, but the plan asks for nothing")
             if self.otherwise.guidance.mode != self.guidance.mode:
                 problems.append("otherwise guides the other way")
@@ -210,7 +226,8 @@ class Plan:
 
     def fitting(self, has_few: bool, has_surrogates: bool) -> Plan:
         """The plan to follow on a bundle, given whether it has `denoise_few` and surrogates."""
-        few, surrogate = self.distilled and has_few, self.surrogate and has_surrogates
+        few = self.distilled and has_few
+        surrogate = self.surrogate if has_surrogates else 0.0
         if (few, surrogate) == (self.distilled, self.surrogate):
             return self
         if self.otherwise is not None:

@@ -75,6 +75,8 @@ _ANONYMIZE = Plan(
     background_below=300,
     guidance=_REPEL,
     spacing="trailing",
+    accept=0.1,
+    redraws=2,
 )
 _HIDE = Plan(
     sampler="lcm",
@@ -91,18 +93,22 @@ _HIDE = Plan(
         repeats=2,
     ),
     spacing="trailing",
+    accept=0.6,
+    redraws=1,
 )
 
 
 # After the first steps, a surrogate's conditioning: with it faces come out whole, without any they
 # are made up from what surrounds them. A surrogate leads away from the person by itself, so that
 # guidance may leave faces alone sooner, and more noise costs no wholeness.
-def _drawn(plan: Plan, *, steps: int, strength: float, guidance: Guidance) -> Plan:
+def _drawn(
+    plan: Plan, *, steps: int, strength: float, guidance: Guidance, surrogate: float
+) -> Plan:
     """The plan with the distilled model and surrogates; as it is on bundles that have neither."""
     few = replace(plan, distilled=True, otherwise=plan)
     return replace(
         few,
-        surrogate=True,
+        surrogate=surrogate,
         match_tones=True,
         steps=steps,
         strength=strength,
@@ -112,13 +118,13 @@ def _drawn(plan: Plan, *, steps: int, strength: float, guidance: Guidance) -> Pl
 
 
 def _repel(weight: float) -> Guidance:
-    return replace(_REPEL, weight=((-1, weight),), margin=-0.4)
+    return replace(_REPEL, weight=((-1, weight),), margin=-0.2)
 
 
 _BALANCED = Preset(
     name="balanced",
-    anonymize=_drawn(_ANONYMIZE, steps=12, strength=0.9, guidance=_repel(0.12)),
-    hide=_drawn(_HIDE, steps=14, strength=0.9, guidance=_HIDE.guidance),
+    anonymize=_drawn(_ANONYMIZE, steps=12, strength=0.9, guidance=_repel(0.1), surrogate=0.5),
+    hide=_drawn(_HIDE, steps=14, strength=0.9, guidance=_HIDE.guidance, surrogate=1.0),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
@@ -126,8 +132,8 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=_drawn(_QUICKER, steps=8, strength=0.9, guidance=_repel(0.16)),
-    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_HIDE.guidance),
+    anonymize=_drawn(_QUICKER, steps=8, strength=0.9, guidance=_repel(0.12), surrogate=0.5),
+    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_HIDE.guidance, surrogate=1.0),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 

@@ -28,7 +28,7 @@ __all__ = ["Surrogates"]
 _F32: TypeAlias = NDArray[np.float32]
 _MAX_BYTES = 256 << 20
 _NEAREST = 6  # that one is drawn from: fewer would fit better, and be the same in every photo
-_APART = 0.15  # cosine to the photo's person above which a surrogate is no stranger
+_APART = 0.3  # cosine to the photo's person above which a surrogate is no stranger
 _OUT = -3.0  # below every nearness
 _LIKENESS = 0.5  # what a cosine of embeddings counts beside one of tokens: sex, age and skin
 

@@ -20,9 +20,9 @@ from diffveil.engines import Carry, Programs, Scheduled, WholeLoop
 from diffveil.fused import Background, finite
 from diffveil.guidance import IdentityGuidance
 from diffveil.samplers import SamplerTable
-from diffveil.sampling import Latent, Progress, check_run
+from diffveil.sampling import Latent, Progress, check_run, run
 
-__all__ = ["run_whole"]
+__all__ = ["run_anywhere", "run_whole"]
 
 _CARRIES: dict[str, Carry] = {
     "steer": (("steered", "direction"),),
@@ -32,6 +32,47 @@ _CARRIES: dict[str, Carry] = {
 _Inputs: TypeAlias = "dict[str, NDArray[Any]]"
 _Call: TypeAlias = "tuple[str, _Inputs]"
 """A program, and those of its inputs that other calls have others of, for all rows."""
+
+
+def run_anywhere(
+    programs: Programs,
+    table: SamplerTable,
+    x: Latent,
+    denoise: Denoiser,
+    *,
+    x_prev: Latent | None = None,
+    guidance: IdentityGuidance | None = None,
+    noise: Callable[[int], Latent] | None = None,
+    background: Background | None = None,
+    max_batch: int,
+    progress: Progress | None = None,
+) -> tuple[Latent, Latent]:
+    """Run a sampler table on the device where `run_whole` can, else by `diffveil.sampling.run`.
+
+    Arguments, result and errors are theirs.
+    """
+    whole = run_whole(
+        programs,
+        table,
+        x,
+        denoise,
+        x_prev=x_prev,
+        guidance=guidance,
+        noise=noise,
+        background=background,
+        max_batch=max_batch,
+        progress=progress,
+    )
+    return whole or run(
+        table,
+        x,
+        denoise,
+        x_prev=x_prev,
+        gradient=guidance,
+        noise=noise,
+        blend=background,
+        progress=progress,
+    )
 
 
 def run_whole(

@@ -27,7 +27,7 @@ from fake_machine import Machine, crops
 from looping_cpu import LoopingCPU
 
 _PLAIN = PRESETS["fast"].hide.fitting(has_few=False, has_surrogates=False)
-_HIDE = replace(_PLAIN, steps=4, guidance=replace(_PLAIN.guidance, margin=None))
+_HIDE = replace(_PLAIN, steps=4, guidance=replace(_PLAIN.guidance, margin=None), redraws=0)
 
 
 def hidden(programs: Programs) -> NDArray[np.float32]:

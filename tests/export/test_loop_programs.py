@@ -41,7 +41,9 @@ from looping_cpu import LoopingCPU
 
 F32 = NDArray[np.float32]
 _PLAIN_HIDE = PRESETS["fast"].hide.fitting(has_few=False, has_surrogates=False)
-_HIDE = replace(_PLAIN_HIDE, steps=6, guidance=replace(_PLAIN_HIDE.guidance, margin=None))
+_HIDE = replace(
+    _PLAIN_HIDE, steps=6, guidance=replace(_PLAIN_HIDE.guidance, margin=None), redraws=0
+)
 _REPEL = Plan(
     *("lcm", 6, 0.8, 400, 300),
     Guidance(weight=((-1, 0.3),), normalise="rms", scale_with_noise=True, margin=-0.2),

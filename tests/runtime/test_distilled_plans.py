@@ -18,7 +18,11 @@ from diffveil.presets import PRESETS, preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-PLAIN = replace(preset("balanced").anonymize.fitting(has_few=False, has_surrogates=False), steps=6)
+PLAIN = replace(
+    preset("balanced").anonymize.fitting(has_few=False, has_surrogates=False),
+    steps=6,
+    redraws=0,
+)
 FEW = replace(PLAIN, sampler="lcm", steps=3, distilled=True)
 KEYS = [NoiseKey.from_seed(i) for i in range(2)]
 

@@ -28,8 +28,8 @@ F32 = NDArray[np.float32]
 _PLAIN = preset("fast").anonymize.fitting(has_few=False, has_surrogates=False)
 _PLAIN_HIDE = preset("fast").hide.fitting(has_few=False, has_surrogates=False)
 _GUIDANCE = replace(_PLAIN.guidance, through="pixels", repeats=1)
-ANONYMIZE = replace(_PLAIN, guidance=_GUIDANCE, steps=5)
-HIDE = replace(_PLAIN_HIDE, guidance=replace(_PLAIN_HIDE.guidance, repeats=1), steps=4)
+ANONYMIZE = replace(_PLAIN, guidance=_GUIDANCE, steps=5, redraws=0)
+HIDE = replace(_PLAIN_HIDE, guidance=replace(_PLAIN_HIDE.guidance, repeats=1), steps=4, redraws=0)
 
 
 @pytest.fixture

@@ -18,7 +18,9 @@ from diffveil.presets import preset
 from fake_programs import FakeBackend, fake_programs
 
 F32 = NDArray[np.float32]
-_PLAIN = preset("balanced").anonymize.fitting(has_few=False, has_surrogates=False)
+_PLAIN = replace(
+    preset("balanced").anonymize.fitting(has_few=False, has_surrogates=False), redraws=0
+)
 ANONYMIZE = replace(
     _PLAIN,
     sampler="ddim",
@@ -27,7 +29,10 @@ ANONYMIZE = replace(
     guidance=replace(_PLAIN.guidance, through="pixels"),
 )
 HIDE = replace(
-    preset("balanced").hide.fitting(has_few=False, has_surrogates=False), steps=5, strength=0.8
+    preset("balanced").hide.fitting(has_few=False, has_surrogates=False),
+    steps=5,
+    strength=0.8,
+    redraws=0,
 )
 
 

@@ -117,7 +117,7 @@ def test_protection_is_the_published_method(
     assert np.abs(ours - unguided.numpy()).max() > 0.02
 
 
-@pytest.mark.parametrize(("faces", "variants"), [(1, 1), (3, 2)])
+@pytest.mark.parametrize(("faces", "variants", "share"), [(1, 1, 1.0), (3, 2, 1.0), (2, 3, 0.4)])
 @pytest.mark.parametrize("recipe", [ANONYMIZE, HIDE], ids=["anonymize", "hide"])
 def test_surrogates_take_the_place_of_the_empty_prompt(
     tiny_bundle: Bundle,
@@ -128,6 +128,7 @@ def test_surrogates_take_the_place_of_the_empty_prompt(
     recipe: Recipe,
     faces: int,
     variants: int,
+    share: float,
 ) -> None:
     d = tiny_bundle.dimensions
     people = rng.standard_normal((40, d.embedding_width))
@@ -139,13 +140,14 @@ def test_surrogates_take_the_place_of_the_empty_prompt(
     crops = rng.uniform(-1, 1, (faces, 3, 32, 32)).astype(np.float32)
     keys = [NoiseKey.from_seed(face) for face in range(faces)]
     act = operations.anonymize if recipe.mode == "repel" else operations.hide
-    plan = replace(plan_of(recipe), background_below=0, surrogate=True)
+    plan = replace(plan_of(recipe), background_below=0, surrogate=share)
     ours = act(crops, plan, keys=keys, variants=variants)
 
     seen = operations.prepare(crops)
     others = Surrogates.load(bundle).choose(
         seen.tokens, seen.identities, keys, variants=variants, apart=recipe.mode == "repel"
     )
+    others = share * others + (1 - share) * seen.tokens[:, None]
     others = others.reshape(-1, *others.shape[2:])
     noise = operations.start_noise(keys, variants)
 
