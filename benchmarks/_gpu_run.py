@@ -268,7 +268,8 @@ def _ours(backend: str) -> str:
 def _ways(preset: Preset, size: int, batch: int) -> dict[str, Callable[[FaceOperations], object]]:
     """The operations of a preset on crops of a size; recover has the inversion before it.
 
-    To random weights all faces are one: margins, which end guidance early, are left out.
+    To random weights all faces are one: margins, which end guidance early, and redraws are left
+    out.
     """
     rng = np.random.default_rng(batch)
     crops = rng.uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
@@ -288,7 +289,8 @@ def _ways(preset: Preset, size: int, batch: int) -> dict[str, Callable[[FaceOper
 
 def _guided_throughout(plan: Plan) -> Plan:
     otherwise = None if plan.otherwise is None else _guided_throughout(plan.otherwise)
-    return replace(plan, guidance=replace(plan.guidance, margin=None), otherwise=otherwise)
+    guidance = replace(plan.guidance, margin=None)
+    return replace(plan, guidance=guidance, redraws=0, otherwise=otherwise)
 
 
 def _memory() -> int | None:
