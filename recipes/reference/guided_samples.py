@@ -56,7 +56,7 @@ class Sampler:
         conditioner = self._network.conditioner
         if timestep > plan.conditional_above:
             return conditioner.expand(faces.tokens[:, timestep // 100])
-        if plan.surrogate > 0.0:
+        if plan.surrogate:
             share, stage = plan.surrogate, timestep // 100
             mixed = share * faces.surrogates[:, stage] + (1 - share) * faces.tokens[:, stage]
             return conditioner.expand(mixed)

@@ -128,7 +128,7 @@ class FaceDrawing:
         clean = np.repeat(faces.latents, variants, axis=0)
         noise = self.start_noise(keys, variants).reshape(clean.shape)
         surrogates = None
-        if plan.surrogate > 0.0:
+        if plan.surrogate:
             share = np.float32(plan.surrogate)
             chosen = self._surrogates.choose(
                 faces.tokens, faces.identities, keys, variants=variants, apart=apart
@@ -193,13 +193,16 @@ class FaceDrawing:
         images = np.clip(in_chunks(self._programs.decode, self._max_batch, latent=x), -1.0, 1.0)
         if plan.match_tones:
             crops = np.repeat(faces.crops, variants, axis=0)
-            mask = face_mask(self._bundle.image_size, self._bundle.template)
-            images = match_tones(images, crops, mask.astype(np.float32))
+            images = match_tones(images, crops, self._mask)
         return images
 
     def _step_noise(self, keys: Sequence[NoiseKey], variants: int, index: int) -> Latent:
         """Unit Gaussian noise that a stochastic sampler adds at a step, [N·V, C, s, s]."""
         return self._noise(keys, variants, "diffveil/v1/step", index)
+
+    @cached_property
+    def _mask(self) -> _F32:
+        return face_mask(self._bundle.image_size, self._bundle.template)
 
     @cached_property
     def _surrogates(self) -> Surrogates:
@@ -225,8 +228,7 @@ class FaceDrawing:
 
     def _recognized(self, images: _F32, crops: _F32) -> _F32:
         """What the recognizer sees in faces [R, 3, S, S] put into their photos': [R, E]."""
-        mask = face_mask(self._bundle.image_size, self._bundle.template)
-        placed = (crops + mask * (images - crops)).astype(np.float32)
+        placed = crops + self._mask * (images - crops)
         return in_chunks(self._programs.recognize, self._max_batch, image=placed)
 
 

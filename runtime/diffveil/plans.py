@@ -207,7 +207,7 @@ class Plan:
             problems.append(f"fresh_noise is {self.fresh_noise}, expected 0 to 1")
         elif self.fresh_noise < 1.0 and self.spacing == "leading":
             problems.append("fresh_noise below 1 needs another spacing than 'leading'")
-        elif self.fresh_noise < 1.0 and self.surrogate > 0.0:
+        elif self.fresh_noise < 1.0 and self.surrogate:
             problems.append("fresh_noise below 1 keeps what a surrogate is to replace")
         if not 0.0 <= self.surrogate <= 1.0:
             problems.append(f"surrogate is {self.surrogate}, expected 0 to 1")
@@ -218,7 +218,7 @@ class Plan:
         if self.redraws and self.accept is None:
             problems.append("redraws is given, but accept takes every face")
         if self.otherwise is not None:
-            if not self.distilled and not self.surrogate > 0.0:
+            if not self.distilled and not self.surrogate:
                 problems.append("otherwise is given, but the plan asks for nothing")
             if self.otherwise.guidance.mode != self.guidance.mode:
                 problems.append("otherwise guides the other way")

@@ -22,7 +22,7 @@ from diffveil.guidance import IdentityGuidance
 from diffveil.samplers import SamplerTable
 from diffveil.sampling import Latent, Progress, check_run, run
 
-__all__ = ["run_anywhere", "run_whole"]
+__all__ = ["run_anywhere"]
 
 _CARRIES: dict[str, Carry] = {
     "steer": (("steered", "direction"),),
@@ -47,51 +47,12 @@ def run_anywhere(
     max_batch: int,
     progress: Progress | None = None,
 ) -> tuple[Latent, Latent]:
-    """Run a sampler table on the device where `run_whole` can, else by `diffveil.sampling.run`.
+    """Run a sampler table: on the device, if the backend takes loops over the bundle's programs.
 
-    Arguments, result and errors are theirs.
-    """
-    whole = run_whole(
-        programs,
-        table,
-        x,
-        denoise,
-        x_prev=x_prev,
-        guidance=guidance,
-        noise=noise,
-        background=background,
-        max_batch=max_batch,
-        progress=progress,
-    )
-    return whole or run(
-        table,
-        x,
-        denoise,
-        x_prev=x_prev,
-        gradient=guidance,
-        noise=noise,
-        blend=background,
-        progress=progress,
-    )
+    Where it gains nothing by that or the bundle lacks the programs, by `diffveil.sampling.run`.
 
-
-def run_whole(
-    programs: Programs,
-    table: SamplerTable,
-    x: Latent,
-    denoise: Denoiser,
-    *,
-    x_prev: Latent | None = None,
-    guidance: IdentityGuidance | None = None,
-    noise: Callable[[int], Latent] | None = None,
-    background: Background | None = None,
-    max_batch: int,
-    progress: Progress | None = None,
-) -> tuple[Latent, Latent] | None:
-    """Run a sampler table on the device, if the backend takes loops over the bundle's programs.
-
-    Sums are float32, where `diffveil.sampling.run` sums in float64 and rounds once: a table and its
-    inverse then differ by a few roundings a step rather than one.
+    Sums on the device are float32, where `diffveil.sampling.run` sums in float64 and rounds once:
+    a table and its inverse then differ by a few roundings a step rather than one.
 
     Args:
         programs: Programs of a bundle.
@@ -103,19 +64,31 @@ def run_whole(
         noise: Fresh unit Gaussian noise for the step at that position, like x.
         background: What to replace the background with, if at all.
         max_batch: Most rows of one call.
-        progress: Called for every step once all are done.
+        progress: Called for every step; on the device once all are done.
 
     Returns:
-        The latents at the table's last node and at the one before it, each like x; None where the
-        backend gains nothing by it or the bundle lacks the programs: use `diffveil.sampling.run`.
+        The latents at the table's last node and at the one before it, each like x.
 
     Raises:
         OptionError: The table needs a pair, noise or guidance that is not given, or shapes differ.
         EngineError: A program failed on the last backend, or latents are no longer finite.
     """
     check_run(table, x, x_prev, guidance, noise)
+
+    def here() -> tuple[Latent, Latent]:
+        return run(
+            table,
+            x,
+            denoise,
+            x_prev=x_prev,
+            gradient=guidance,
+            noise=noise,
+            blend=background,
+            progress=progress,
+        )
+
     if not (programs.takes_loops and programs.can("advance")):
-        return None
+        return here()
     calls = _calls(programs, table, x, denoise, guidance, noise, background)
     parts = chunks(len(x), max_batch, 1 if guidance is None else guidance.variants)
     pair = x, x if x_prev is None else x_prev
@@ -136,7 +109,9 @@ def run_whole(
         return finite(table, after), before
 
     result = programs.attempt(work)
-    if result is not None and progress is not None:
+    if result is None:
+        return here()
+    if progress is not None:
         for done in range(len(table.steps)):
             progress(done + 1, len(table.steps))
     return result

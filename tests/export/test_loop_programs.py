@@ -195,12 +195,12 @@ def test_what_is_not_finite_is_an_error(looping: Recording) -> None:
 
 def test_what_a_table_needs_is_asked_for(looping: Recording) -> None:
     from diffveil.denoising import Denoiser
-    from diffveil.wholeloops import run_whole
+    from diffveil.wholeloops import run_anywhere
 
     table = o_belm(NoiseSchedule(), 4)
     denoise = Denoiser(looping, np.zeros((1, 10, 24), np.float32), table.timesteps)
     with pytest.raises(OptionError, match="x_prev is missing"):
-        run_whole(looping, table, np.zeros((1, 8, 4, 4), np.float32), denoise, max_batch=1)
+        run_anywhere(looping, table, np.zeros((1, 8, 4, 4), np.float32), denoise, max_batch=1)
 
 
 def test_loops_are_fed_strictly(looping: Recording) -> None:
