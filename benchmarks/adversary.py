@@ -95,13 +95,22 @@ _PURIFY = Plan(
 )
 
 
-def remade(operations: FaceOperations, crops: Pixels, plan: Plan, seed: int) -> Pixels:
-    """Crops [N, S, S, 3] as a plan makes them, each with noise of its own."""
+def remade(
+    operations: FaceOperations,
+    crops: Pixels,
+    landmarks: NDArray[np.float64],
+    plan: Plan,
+    seed: int,
+) -> Pixels:
+    """Crops [N, S, S, 3] with the faces that a plan makes, each with noise of its own."""
     parts = []
     for start in range(0, len(crops), _BATCH):
-        images = to_images(crops[start : start + _BATCH])
+        part = slice(start, start + _BATCH)
+        images = to_images(crops[part])
+        faces = operations.prepare(images, landmarks[part])
         keys = [NoiseKey.from_seed(seed + start + i) for i in range(len(images))]
-        parts.append(to_pixels(operations.anonymize(images, plan, keys=keys)[:, 0]))
+        drawn = operations.anonymize(faces, plan, keys=keys)[:, 0]
+        parts.append(to_pixels(images + faces.pixel_masks * (drawn - images)))
         print(f"{start + len(images)}/{len(crops)} faces", file=sys.stderr, flush=True)
     return np.concatenate(parts)
 
@@ -203,10 +212,10 @@ def main(argv: list[str] | None = None) -> int:
         plan = replace(plan, conditional_above=1000)
 
     mask = face_mask(size, protector.bundle.template)
-    covers: dict[str, Callable[[Pixels, int], Pixels]] = {
-        "ours": lambda crops, seed: remade(operations, crops, plan, seed),
-        "blur": lambda crops, _: blurred(crops),
-        "grey": lambda crops, _: greyed(crops, mask),
+    covers: dict[str, Callable[[Pixels, NDArray[np.float64], int], Pixels]] = {
+        "ours": lambda crops, points, seed: remade(operations, crops, points, plan, seed),
+        "blur": lambda crops, *_: blurred(crops),
+        "grey": lambda crops, *_: greyed(crops, mask),
     }
     faces: dict[str, dict[str, Pixels]] = {cover: {} for cover in covers}
     people: list[str] = []
@@ -216,12 +225,17 @@ def main(argv: list[str] | None = None) -> int:
         if len({p.person for p in portraits}) < 2:
             parser.error(f"{folder}: expected person/photo.jpg of at least two people")
         crops = np.stack([p.crop("original", template, size) for p in portraits])
+        landmarks = np.stack([p.landmarks(template) for p in portraits])
+        if not prefix:
+            points = landmarks
         people = people or [p.person for p in portraits]
         for cover, change in covers.items():
             faces[cover][f"{prefix}original"] = crops
-            faces[cover][f"{prefix}anonymized"] = change(crops, 10**5 * len(faces[cover]))
+            faces[cover][f"{prefix}anonymized"] = change(
+                crops, landmarks, 10**5 * len(faces[cover])
+            )
     ours = faces["ours"]
-    ours["purified"] = remade(operations, ours["anonymized"], _PURIFY, seed=10**6)
+    ours["purified"] = remade(operations, ours["anonymized"], points, _PURIFY, seed=10**6)
 
     to_arcface = similarity(template, ARCFACE_TEMPLATE)
     report: dict[str, Any] = {

@@ -45,6 +45,11 @@ class Portrait:
         source = self.outputs.get(operation, self.pixels)
         return crop_face(source, similarity(self.face.landmarks, template), size)
 
+    def landmarks(self, template: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Where the face's landmarks lie in its crops, float64 [5, 2]."""
+        matrix = similarity(self.face.landmarks, template)
+        return np.asarray(self.face.landmarks @ matrix[:, :2].T + matrix[:, 2])
+
 
 def central_face(pixels: Pixels, detector: FaceDetector) -> Face | None:
     """The face nearest the photo's centre: its subject; a bystander may score higher."""

@@ -17,7 +17,7 @@ from benchmarks._recognizers import ARCFACE_TEMPLATE
 from benchmarks.protocol.people import Pixels, Portrait, strangers
 from diffveil.align import crop_face, similarity
 from diffveil.faces import Face, FaceDetector
-from diffveil.masks import face_mask
+from diffveil.masks import fitted_mask
 
 __all__ = ["PROXIES", "gaze", "gmsd", "likeness", "looks", "proxies", "without_faces", "yardsticks"]
 
@@ -129,7 +129,7 @@ def without_faces(
     Returns:
         Crops uint8 [N, S, S, 3] by name.
     """
-    mask = face_mask(size, frame)[..., None]
+    mask = np.stack([fitted_mask(size, frame, p.landmarks(frame)) for p in portraits])[..., None]
     crops = np.stack([p.crop("original", frame, size) for p in portraits])
     others = crops[strangers([p.person for p in portraits])].astype(np.float64)
     return {

@@ -162,7 +162,7 @@ def paste_faces(
         pixels: Photo, uint8 [H, W, 3]. It is not modified.
         crops: Faces, each uint8 [S, S, 3].
         matrices: float64 [2, 3] each, photo to crop.
-        mask: float32 [S, S], 0 … 1, the same for all faces; 0 along its border.
+        mask: float32 [S, S], 0 … 1, the same for all faces, or [F, S, S]; 0 along its border.
         match_colour: Shift the crops' slowly varying colour towards the photo's along the edge of
             the mask, by at most 16 levels, so that no seam shows.
 
@@ -174,10 +174,15 @@ def paste_faces(
     """
     _check_pastes(pixels, crops, matrices, mask)
     height, width = pixels.shape[:2]
-    boxes = [_bounds(_inverse(matrix), mask.shape[0], margin=1) for matrix in matrices]
+    boxes = [_bounds(_inverse(matrix), mask.shape[-1], margin=1) for matrix in matrices]
+    masks = list(mask) if mask.ndim == 3 else [mask] * len(crops)
     faces = [
-        (Image.fromarray(_matched(pixels, crop, matrix, mask) if match_colour else crop), matrix)
-        for crop, matrix in zip(crops, matrices, strict=True)
+        (
+            Image.fromarray(_matched(pixels, crop, matrix, own) if match_colour else crop),
+            matrix,
+            own,
+        )
+        for crop, matrix, own in zip(crops, matrices, masks, strict=True)
     ]
     result: Pixels = pixels.copy()
     for x0, y0, x1, y1 in boxes:
@@ -193,49 +198,45 @@ def paste_faces(
         rows = max(1, _BAND_PIXELS // (box[2] - box[0]))
         for top in range(box[1], box[3], rows):
             region = np.s_[top : min(top + rows, box[3]), box[0] : box[2]]
-            result[region] = _composite(pixels[region], (box[0], top), overlapping, mask)
+            result[region] = _composite(pixels[region], (box[0], top), overlapping)
     return result
 
 
 def _composite(
     photo: Pixels,
     origin: tuple[int, int],
-    faces: Sequence[tuple[Image.Image, Matrix]],
-    mask: Mask,
+    faces: Sequence[tuple[Image.Image, Matrix, Mask]],
 ) -> Pixels:
     """Blend faces into one region of the photo.
 
     Args:
         photo: The region, uint8 [h, w, 3].
         origin: Its first pixel (x, y) in the photo.
-        faces: Crops with their matrices, photo to crop.
-        mask: float32 [S, S].
+        faces: Crops with their matrices, photo to crop, and masks, float32 [S, S].
 
     Returns:
         uint8 [h, w, 3].
     """
     height, width = photo.shape[:2]
-    weights = Image.fromarray(mask)
     placed, masks, warps = [], [], []
-    for crop, matrix in faces:
+    for crop, matrix, mask in faces:
         local = matrix.copy()
         local[:, 2] += matrix[:, :2] @ np.asarray(origin, dtype=np.float64)
         # The mask is smooth and is sampled pointwise: an antialiased one would grow beyond
         # what `recovery_mask` covers when the face is small.
-        weight = _sample(weights, local, (width, height), Image.Resampling.BILINEAR)
+        weight = _sample(Image.fromarray(mask), local, (width, height), Image.Resampling.BILINEAR)
         placed.append(local)
         masks.append(np.clip(weight, 0.0, 1.0))
         warps.append(_warp(crop, local, (width, height)))
     if len(faces) == 1:  # all of it is this face's
         base = photo.astype(np.float32)
         return _levels(base + masks[0][..., None] * (warps[0] - base))
-    middle, extent = _support(mask)
     y, x = np.mgrid[0:height, 0:width]
     radii = []
-    for local in placed:
+    for local, (_, _, mask) in zip(placed, faces, strict=True):
         offset = [
             (row[0] * x + row[1] * y + row[2] - m) / e
-            for row, m, e in zip(local, middle, extent, strict=True)
+            for row, m, e in zip(local, *_support(mask), strict=True)
         ]
         radii.append(np.hypot(*offset))
     cover = np.maximum.reduce(masks)
@@ -352,14 +353,18 @@ def _check_pastes(
     problems = []
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         problems.append(f"pixels: {pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, 3]")
-    if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.dtype != np.float32:
-        problems.append(f"mask: {mask.dtype} {list(mask.shape)}, expected float32 [S, S]")
+    whole = mask.shape[:-2] in ((), (len(crops),)) and mask.shape[-2:] == mask.shape[-1:] * 2
+    if not whole or mask.dtype != np.float32:
+        problems.append(
+            f"mask: {mask.dtype} {list(mask.shape)}, expected float32 [S, S] or [F, S, S]"
+        )
     if len(crops) != len(matrices):
         problems.append(f"{len(crops)} crops but {len(matrices)} matrices")
     for index, crop in enumerate(crops):
-        if crop.shape != (*mask.shape, 3) or crop.dtype != np.uint8:
+        if crop.shape != (*mask.shape[-2:], 3) or crop.dtype != np.uint8:
             problems.append(
-                f"crop {index}: {crop.dtype} {list(crop.shape)}, expected uint8 {[*mask.shape, 3]}"
+                f"crop {index}: {crop.dtype} {list(crop.shape)}, "
+                f"expected uint8 {[*mask.shape[-2:], 3]}"
             )
     if problems:
         raise OptionError("; ".join(problems))

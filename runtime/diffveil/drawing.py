@@ -19,7 +19,6 @@ from diffveil.engines import Programs
 from diffveil.facebatch import FaceBatch
 from diffveil.fused import Background, can_run_fused, run_fused
 from diffveil.guidance import IdentityGuidance
-from diffveil.masks import face_mask
 from diffveil.noise import NoiseKey, normal
 from diffveil.plans import Plan
 from diffveil.samplers import SamplerTable, retrace
@@ -86,7 +85,7 @@ class FaceDrawing:
         anchors = faces.identities if anchors is None else anchors
 
         def wrong(images: _F32, owners: NDArray[np.intp]) -> _F32:
-            seen = self._recognized(images, faces.crops[owners])
+            seen = self._recognized(images, faces.crops[owners], faces.pixel_masks[owners])
             cosines: _F32 = (seen * anchors[owners]).sum(axis=1)
             return sign * cosines
 
@@ -193,16 +192,12 @@ class FaceDrawing:
         images = np.clip(in_chunks(self._programs.decode, self._max_batch, latent=x), -1.0, 1.0)
         if plan.match_tones:
             crops = np.repeat(faces.crops, variants, axis=0)
-            images = match_tones(images, crops, self._mask)
+            images = match_tones(images, crops, np.repeat(faces.pixel_masks, variants, axis=0))
         return images
 
     def _step_noise(self, keys: Sequence[NoiseKey], variants: int, index: int) -> Latent:
         """Unit Gaussian noise that a stochastic sampler adds at a step, [N·V, C, s, s]."""
         return self._noise(keys, variants, "diffveil/v1/step", index)
-
-    @cached_property
-    def _mask(self) -> _F32:
-        return face_mask(self._bundle.image_size, self._bundle.template)
 
     @cached_property
     def _surrogates(self) -> Surrogates:
@@ -226,9 +221,9 @@ class FaceDrawing:
         signal, sigma = self._schedule.signal(start), self._schedule.noise(start)
         return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)
 
-    def _recognized(self, images: _F32, crops: _F32) -> _F32:
+    def _recognized(self, images: _F32, crops: _F32, masks: _F32) -> _F32:
         """What the recognizer sees in faces [R, 3, S, S] put into their photos': [R, E]."""
-        placed = crops + self._mask * (images - crops)
+        placed = crops + masks * (images - crops)
         return in_chunks(self._programs.recognize, self._max_batch, image=placed)
 
 

@@ -9,16 +9,30 @@ from numpy.typing import ArrayLike, NDArray
 
 from diffveil.errors import OptionError
 
-__all__ = ["cell_mask", "face_mask", "gaussian", "latent_mask", "recovery_mask", "smoothed_over"]
+__all__ = [
+    "cell_mask",
+    "face_mask",
+    "fitted_mask",
+    "gaussian",
+    "latent_mask",
+    "recovery_mask",
+    "smoothed_over",
+]
 
 Array: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.float32]
 
-_ROUND = 2.5  # exponent of the superellipse: fuller than an ellipse (2), to cover the brows' ends
+_ROUND = 2.5  # exponent of the superellipse: fuller than an ellipse, to cover the brows' ends
+_CHIN = 2.0  # below the middle: an ellipse, which does not reach past the corners of the jaw
+# A head seen from above, in distances between its eyes: half its width, half its depth, and how far
+# the eyes lie before its middle, the nose's tip before the eyes. Faces' means, to a tenth or so.
+_HALF_WIDTH, _HALF_DEPTH, _EYES, _NOSE = 1.2, 1.5, 1.3, 0.5
+_FAR = 0.5  # least share of a half's width that a turn leaves: the far eye is at 0.45 of it
+_TURN = 1.0  # of the nose beside the eyes' middle, in eye distances: beyond it is a profile
 
 
 def face_mask(size: int, template: ArrayLike) -> Mask:
-    """Where a protected face replaces the photo: an ellipse from the brows to the chin.
+    """Where a face may be, however the head is turned: an ellipse from the brows to the chin.
 
     It is 1 over brows, eyes, nose, cheeks, mouth and chin, and falls smoothly to 0 before the
     crop's border.
@@ -32,6 +46,36 @@ def face_mask(size: int, template: ArrayLike) -> Mask:
     """
     centre, full, end = _ellipses(size, template)
     return _feathered(size, centre, full, end)
+
+
+def fitted_mask(size: int, template: ArrayLike, landmarks: ArrayLike) -> Mask:
+    """Where one protected face replaces the photo: `face_mask` without what lies beside the head.
+
+    Where a head is turned, the half beyond its nose ends near the far eye, at the far cheek, and
+    what the crop shows outside is background. How far it is turned is read off the nose's place
+    between the eyes. Below the middle the mask is as narrow as a jaw.
+
+    Args:
+        size: Side of the crop in pixels.
+        template: [5, 2], where the landmarks lie on average in the crop.
+        landmarks: [5, 2], where they lie in this one.
+
+    Returns:
+        float32 [size, size], 0 … 1; nowhere more than `face_mask`.
+
+    Raises:
+        OptionError: The landmarks are not five finite points.
+    """
+    points = np.asarray(landmarks, dtype=np.float64)
+    if points.shape != (5, 2) or not np.isfinite(points).all():
+        raise OptionError(f"landmarks: received {list(points.shape)}, expected finite [5, 2]")
+    centre, full, end = _ellipses(size, template)
+    turn = _turn(points) - _turn(np.asarray(template, dtype=np.float64))
+    far, left = int(turn > 0), _far_share(turn)
+    rim = (end - full)[far, 0]
+    full[far, 0] *= left
+    end[far, 0] = full[far, 0] + left * rim
+    return _feathered(size, centre, full, end, below=_CHIN)
 
 
 def recovery_mask(size: int, template: ArrayLike) -> Mask:
@@ -144,16 +188,39 @@ def _ellipses(size: int, template: ArrayLike) -> tuple[Array, Array, Array]:
     return centre, np.minimum(full, 0.94 * end), end
 
 
-def _feathered(size: int, centre: Array, full: Array, end: Array) -> Mask:
-    """1 inside the half-ellipses `full`, 0 outside `end`, and a smooth step between them."""
+def _turn(points: Array) -> float:
+    """The nose beside the middle of the eyes, in eye distances; positive to the right."""
+    eyes = points[1] - points[0]
+    beside = float((points[2] - points[:2].mean(axis=0)) @ eyes)
+    return beside / max(float(eyes @ eyes), 1e-12)
+
+
+def _far_share(turn: float) -> float:
+    """How much of its width the half beyond the nose keeps when a head turns: 1 … `_FAR`.
+
+    The outline of an ellipse (the head from above) beside a point before its middle (the eyes),
+    both turned by the angle at which the nose's tip appears where it does.
+    """
+    angle = np.arctan(min(abs(turn), _TURN) / _NOSE)
+    outline = np.hypot(_HALF_WIDTH * np.cos(angle), _HALF_DEPTH * np.sin(angle))
+    share = (outline - _EYES * np.sin(angle)) / (_HALF_WIDTH * np.cos(angle))
+    return float(np.clip(share, _FAR, 1.0))
+
+
+def _feathered(size: int, centre: Array, full: Array, end: Array, *, below: float = _ROUND) -> Mask:
+    """1 inside the half-ellipses `full`, 0 outside `end`, and a smooth step between them.
+
+    `below` is the exponent of the lower half.
+    """
     v, u = np.mgrid[0:size, 0:size].astype(np.float64)
     offset = np.stack([u - centre[0], v - centre[1]])
     side = (offset >= 0).astype(int)  # [2, S, S]: 0 left of or above the centre, else 1
+    power = np.where(side[1], below, _ROUND)
 
     def radius(axes: Array) -> Array:
         across = np.abs(offset[0] / axes[side[0], 0])
         along = np.abs(offset[1] / axes[side[1], 1])
-        return np.asarray((across**_ROUND + along**_ROUND) ** (1.0 / _ROUND))
+        return np.asarray((across**power + along**power) ** (1.0 / power))
 
     past_full, before_end = np.maximum(radius(full) - 1, 0), np.maximum(1 - radius(end), 0)
     # Between the ellipses both are positive; `full` lies within `end`, so never both zero.

@@ -55,13 +55,18 @@ class FaceOperations:
         self.max_batch = max_batch
         self._drawing = FaceDrawing(programs, max_batch)
 
-    def prepare(self, crops: _F32) -> FaceBatch:
+    def prepare(self, crops: _F32, landmarks: NDArray[np.float64] | None = None) -> FaceBatch:
         """Crops [N, 3, S, S] with room for what several operations ask about them.
 
+        Args:
+            crops: Faces, float32 [N, 3, S, S] in [-1, 1].
+            landmarks: Where each face's landmarks lie in its crop, float64 [N, 5, 2]: turned heads
+                are replaced up to their far cheek only. By default where the template has them.
+
         Raises:
-            OptionError: The crops are not float32 [N, 3, S, S].
+            OptionError: The crops are not float32 [N, 3, S, S], or the landmarks not [N, 5, 2].
         """
-        return FaceBatch(self.programs, crops, self.max_batch)
+        return FaceBatch(self.programs, crops, self.max_batch, landmarks)
 
     def anonymize(
         self,

@@ -15,7 +15,6 @@ from diffveil.batching import MAX_BATCH
 from diffveil.errors import OptionError
 from diffveil.keychecks import compact, compact_noise
 from diffveil.keys import FaceKey, RecoveryKey
-from diffveil.masks import face_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.photos import Photo
@@ -126,7 +125,6 @@ def protect(
     """
     started = time.perf_counter() if started is None else started
     faces = _run(operations, scenes, protection, progress)
-    mask = face_mask(operations.bundle.image_size, operations.bundle.template)
     done: list[tuple[tuple[Photo, ...], RecoveryKey | None]] = []
     first = 0
     for scene in scenes:
@@ -136,7 +134,8 @@ def protect(
             done.append(((scene.photo,) * protection.variants, None))
             continue
         crops = to_pixels(faces.images[rows])
-        photos = tuple(_pasted(scene, crops[:, v], mask) for v in range(protection.variants))
+        masks = faces.masks[rows, 0]
+        photos = tuple(_pasted(scene, crops[:, v], masks) for v in range(protection.variants))
         done.append((photos, _key(operations, scene, photos, protection, faces, rows)))
     seconds = (time.perf_counter() - started) / max(len(scenes), 1)
     programs, preset = operations.programs, protection.preset.name
@@ -156,9 +155,11 @@ def part_of(progress: Progress | None, first: int, total: int) -> Progress | Non
 
 @dataclass(frozen=True, eq=False)
 class _Faces:
-    """What became of all faces: images [N, V, 3, S, S]; key-E and key-I if a key is made."""
+    """What became of all faces: images [N, V, 3, S, S], and where they replace the photos', masks
+    [N, 1, S, S]; key-E and key-I if a key is made."""
 
     images: _F32
+    masks: _F32
     tokens: _F32 | None
     latents: Latent | None
 
@@ -178,7 +179,8 @@ def _run(
     crops = [scene.crops for scene in scenes if scene.faces]
     if not crops:
         return None
-    faces = operations.prepare(to_images(np.concatenate(crops)))
+    landmarks = np.concatenate([scene.landmarks for scene in scenes])
+    faces = operations.prepare(to_images(np.concatenate(crops)), landmarks)
     told = part_of(progress, 0, total)
     if protection.pseudonym is not None:
         pseudonyms = Pseudonyms(operations, protection.pseudonym)
@@ -194,7 +196,7 @@ def _run(
             progress=told,
         )
     if not protection.make_key:
-        return _Faces(images, None, None)
+        return _Faces(images, faces.pixel_masks, None, None)
     tokens, latents = operations.invert(
         faces,
         recovery,
@@ -202,12 +204,12 @@ def _run(
         tokens=compact(faces.tokens).astype(np.float32),
         progress=part_of(progress, steps, total),
     )
-    return _Faces(images, tokens, latents)
+    return _Faces(images, faces.pixel_masks, tokens, latents)
 
 
-def _pasted(scene: Scene, crops: NDArray[np.uint8], mask: _F32) -> Photo:
-    """The scene's photo with other faces, uint8 [F, S, S, 3]."""
-    pixels = paste_faces(scene.photo.pixels, list(crops), scene.matrices, mask)
+def _pasted(scene: Scene, crops: NDArray[np.uint8], masks: _F32) -> Photo:
+    """The scene's photo with other faces, uint8 [F, S, S, 3], where their masks [F, S, S] are."""
+    pixels = paste_faces(scene.photo.pixels, list(crops), scene.matrices, masks)
     return scene.photo.with_pixels(pixels)
 
 

@@ -76,6 +76,15 @@ class Scene:
         return cls(photo, faces, matrices, stacked)
 
     @property
+    def landmarks(self) -> _Matrix:
+        """Where the faces' landmarks lie in their crops, float64 [F, 5, 2]."""
+        own = [
+            face.landmarks @ matrix[:, :2].T + matrix[:, 2]
+            for face, matrix in zip(self.faces, self.matrices, strict=True)
+        ]
+        return np.stack(own) if own else np.empty((0, 5, 2))
+
+    @property
     def digest(self) -> int:
         """The photo's digest as a number."""
         return int.from_bytes(photo_digest(self.photo), "big")

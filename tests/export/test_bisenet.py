@@ -158,7 +158,7 @@ def test_what_is_no_face_stays_the_photos(bundle: Bundle, tiny_bundle: Bundle) -
     """The latent mask is the ellipse times what the parser says, cell by cell."""
     from diffveil.engines import Programs
     from diffveil.facebatch import FaceBatch
-    from diffveil.masks import face_mask, latent_mask
+    from diffveil.masks import fitted_mask, latent_mask
 
     crops = np.random.default_rng(3).uniform(-1, 1, (3, 3, 32, 32)).astype(np.float32)
     backend = ONNXRuntimeCPU(threads=1)
@@ -168,7 +168,7 @@ def test_what_is_no_face_stays_the_photos(bundle: Bundle, tiny_bundle: Bundle) -
         face = programs.parse(image=crops)
     assert masks.shape == ellipse.shape == (3, 1, 4, 4)
     assert masks.dtype == ellipse.dtype == np.float32
-    whole = face_mask(32, bundle.template)
+    whole = fitted_mask(32, bundle.template, bundle.template)
     for mask, own, part in zip(masks, ellipse, face, strict=True):
         np.testing.assert_array_equal(own[0], latent_mask(whole, 4))
         np.testing.assert_allclose(mask[0], latent_mask(whole * part[0], 4), rtol=1e-6)

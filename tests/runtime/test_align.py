@@ -21,7 +21,7 @@ from diffveil.align import (
     template_for,
 )
 from diffveil.errors import OptionError
-from diffveil.masks import face_mask, recovery_mask
+from diffveil.masks import face_mask, fitted_mask, recovery_mask
 
 SIZE = 64
 TEMPLATE = template_for(SIZE)
@@ -274,6 +274,22 @@ def test_faces_apart_are_pasted_as_if_alone(rng: np.random.Generator) -> None:
     for crop, matrix in zip(crops, matrices, strict=True):
         one_by_one = paste_face(one_by_one, crop, matrix, MASK)
     np.testing.assert_array_equal(together, one_by_one)
+
+
+def test_each_face_has_the_mask_that_is_its_own(rng: np.random.Generator) -> None:
+    photo = photo_of(120, 260)
+    crops = list(rng.integers(0, 256, (2, SIZE, SIZE, 3), dtype=np.uint8))
+    matrices = [turned(1, 5, (60, 60)), turned(1.1, -9, (200, 60))]
+    aside = np.asarray(TEMPLATE).copy()
+    aside[2, 0] += 12.0
+    masks = np.stack([MASK, fitted_mask(SIZE, TEMPLATE, aside)])
+    together = paste_faces(photo, crops, matrices, masks)
+    one_by_one = photo
+    for crop, matrix, mask in zip(crops, matrices, masks, strict=True):
+        one_by_one = paste_face(one_by_one, crop, matrix, mask)
+    np.testing.assert_array_equal(together, one_by_one)
+    with pytest.raises(OptionError, match=r"mask: float32 \[2, .* or \[F, S, S\]"):
+        paste_faces(photo, crops[:1], matrices[:1], masks)
 
 
 def test_large_faces_are_pasted_in_bands_without_a_trace(monkeypatch: pytest.MonkeyPatch) -> None:

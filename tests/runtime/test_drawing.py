@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from diffveil.engines import Programs
 from diffveil.errors import OptionError
-from diffveil.masks import face_mask
+from diffveil.masks import fitted_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.plans import Plan
@@ -54,7 +54,7 @@ def act(programs: Programs, plan: Plan, crops: F32, keys: list[NoiseKey], varian
 def likeness(programs: Programs, crop: F32, drawn: F32) -> float:
     """Cosine of a photo's face and of another put into its place."""
     bundle = programs.bundle
-    mask = face_mask(bundle.image_size, bundle.template)
+    mask = fitted_mask(bundle.image_size, bundle.template, bundle.template)
     placed = (crop + mask * (drawn - crop)).astype(np.float32)
     a, b = programs.recognize(image=crop[None]), programs.recognize(image=placed[None])
     return float((a * b).sum())

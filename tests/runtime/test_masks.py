@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from diffveil.align import template_for
 from diffveil.errors import OptionError
-from diffveil.masks import face_mask, latent_mask, recovery_mask
+from diffveil.masks import face_mask, fitted_mask, latent_mask, recovery_mask
 
 SIZES = [32, 64, 112, 128, 160, 256, 512]
 
@@ -53,6 +55,70 @@ def test_recovery_covers_protection_and_a_pixel_more(size: int) -> None:
         for dx in range(3):
             grown |= protected[dy : dy + size, dx : dx + size]
     assert (recovery_mask(size, template)[grown] == 1.0).all()
+
+
+def landmarks_turned(size: int, nose: float) -> np.ndarray:
+    """The template's landmarks with the nose so many eye distances beside its place."""
+    points = template_for(size)
+    points[2, 0] += nose * (points[1, 0] - points[0, 0])
+    return points
+
+
+def reach(mask: np.ndarray, template: np.ndarray) -> tuple[float, float]:
+    """How far a mask goes left and right of the eyes' middle, along the line of the nose."""
+    row = np.flatnonzero(mask[round(template[2, 1])] > 0.5)
+    middle = float(template[:2, 0].mean())
+    return middle - row[0], row[-1] - middle
+
+
+def test_a_head_to_the_front_is_masked_to_both_cheeks() -> None:
+    """Where no landmark says otherwise, `face_mask` with an ellipse below its middle."""
+    template = template_for(128)
+    whole, fitted = face_mask(128, template), fitted_mask(128, template, template)
+    middle = int(template[:2, 1].mean() + 0.45 * (template[3:, 1].mean() - template[0, 1]))
+    np.testing.assert_allclose(fitted[:middle], whole[:middle], rtol=0, atol=1e-6)
+    assert 0.8 * whole[middle:].sum() < fitted[middle:].sum() < 0.97 * whole[middle:].sum()
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_the_far_cheek_ends_a_turned_head(size: int) -> None:
+    """The farther it turns, the nearer to the far eye; the near half stays."""
+    template = template_for(size)
+    between = template[1, 0] - template[0, 0]
+    frontal = reach(fitted_mask(size, template, template), template)
+    last = frontal[1]
+    for nose in (0.1, 0.25, 0.5):
+        near, far = reach(fitted_mask(size, template, landmarks_turned(size, nose)), template)
+        assert near == frontal[0]
+        assert far <= last
+        last = far
+        other = reach(fitted_mask(size, template, landmarks_turned(size, -nose)), template)
+        np.testing.assert_allclose(other, (far, near), atol=1.5)
+    assert 0.5 * between <= last < 0.8 * between  # the far eye is inside, background is not
+    assert reach(fitted_mask(size, template, landmarks_turned(size, 30.0)), template)[1] > 0
+
+
+@given(
+    points=st.lists(st.tuples(st.floats(-300, 300), st.floats(-300, 300)), min_size=5, max_size=5),
+    size=st.sampled_from([32, 64, 128]),
+)
+def test_whatever_the_landmarks_recovery_covers_the_mask(
+    points: list[tuple[float, float]], size: int
+) -> None:
+    """A key recovers what its photo lost, though it does not say which mask was used."""
+    template = template_for(size)
+    mask = fitted_mask(size, template, points)
+    assert np.isfinite(mask).all()
+    assert mask.min() >= 0.0
+    assert (mask <= face_mask(size, template) + 1e-6).all()
+    assert (recovery_mask(size, template)[mask > 0] == 1.0).all()
+
+
+def test_landmarks_that_are_none_are_refused() -> None:
+    template = template_for(64)
+    for wrong in (template[:4], template * np.nan, template[None], template + np.inf):
+        with pytest.raises(OptionError, match="landmarks"):
+            fitted_mask(64, template, wrong)
 
 
 def test_masks_follow_another_template() -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from diffveil.engines import Programs
 from diffveil.errors import OptionError
-from diffveil.masks import face_mask, latent_mask
+from diffveil.masks import fitted_mask, latent_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.plans import Inversion, Plan
@@ -178,7 +178,8 @@ def test_the_background_stays_the_photos(
     operations = FaceOperations(programs)
     plan = replace(ANONYMIZE, background_below=300, background=background)
     operations.anonymize(crops, plan, keys=noise_keys(3))
-    outside = latent_mask(face_mask(32, programs.bundle.template), 4) == 0
+    template = programs.bundle.template
+    outside = latent_mask(fitted_mask(32, template, template), 4) == 0
     assert outside.any()
     clean = operations.prepare(crops).latents
     final = backend.inputs("decode")[-1]["latent"]

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
-from diffveil.masks import face_mask, latent_mask
+from diffveil.masks import fitted_mask, latent_mask
 from diffveil.noise import NoiseKey
 from diffveil.operations import FaceOperations
 from diffveil.plans import Guidance, Inversion, Plan
@@ -101,7 +101,8 @@ def test_protection_is_the_published_method(
     crops = rng.uniform(-1, 1, (faces, 3, 32, 32)).astype(np.float32)
     keys = [NoiseKey.from_seed(face) for face in range(faces)]
     noise = operations.start_noise(keys, variants)
-    mask = latent_mask(face_mask(32, operations.bundle.template), 4)
+    template = operations.bundle.template
+    mask = latent_mask(fitted_mask(32, template, template), 4)
     act = operations.anonymize if recipe.mode == "repel" else operations.hide
     ours = act(crops, plan_of(recipe), keys=keys, variants=variants)
 

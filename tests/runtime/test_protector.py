@@ -8,13 +8,16 @@ import pytest
 from diffveil import (
     BackendUnavailableError,
     BundleError,
+    Face,
     NoiseKey,
     OptionError,
     Photo,
     Protector,
     load_photo,
 )
+from diffveil.align import paste_face, similarity
 from diffveil.detectors import CenterFace
+from diffveil.masks import fitted_mask
 from diffveil.protection import Operation, Protection
 from diffveil.scenes import Scene
 from fake_photos import ONE, PRESET, TWO, ListedDetector, Pixels, face_at, key_of
@@ -34,6 +37,28 @@ def test_anonymize_changes_the_faces_and_nothing_else(protector: Protector, grou
     distance = np.minimum(np.hypot(x - 40, y - 50) / 40, np.hypot(x - 120, y - 60) / 56)
     assert change[distance > 0.75].max() == 0
     assert change[distance < 0.2].mean() > 3
+
+
+@pytest.mark.parametrize("operation", ["anonymize", "hide"])
+def test_beside_a_turned_head_the_photo_stays(
+    protector: Protector, group: Pixels, operation: Operation
+) -> None:
+    """Faces are pasted up to the far cheek, each with the mask that is its own."""
+    front, other = TWO
+    points = front.landmarks.copy()
+    points[2] += 0.4 * (points[1] - points[0])
+    aside = Face(front.box, points)
+    act = getattr(protector, operation)
+    result = act(group, faces=[aside, other], preset=PRESET, seed=1)
+    template, covered = protector.bundle.template, []
+    for face in (aside, other):
+        matrix = similarity(face.landmarks, template)
+        mask = fitted_mask(32, template, face.landmarks @ matrix[:, :2].T + matrix[:, 2])
+        white, black = np.full((32, 32, 3), 255, np.uint8), np.zeros_like(group)
+        covered.append(paste_face(black, white, matrix, mask, match_colour=False).any(axis=2))
+    changed = (np.asarray(result.image) != group).any(axis=2)
+    assert changed.any()
+    assert not (changed & ~(covered[0] | covered[1])).any()
 
 
 def test_a_batch_equals_single_photos_in_any_order(
