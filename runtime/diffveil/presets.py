@@ -100,15 +100,24 @@ _HIDE = Plan(
 
 # After the first steps, a surrogate's conditioning: with it faces come out whole, without any they
 # are made up from what surrounds them. A surrogate leads away from the person by itself, so that
-# guidance may leave faces alone sooner, and more noise costs no wholeness.
+# guidance may leave faces alone sooner, and more noise costs no wholeness. From the same step on,
+# what surrounds the face is the photo's: features are drawn where the head has them.
 def _drawn(
-    plan: Plan, *, steps: int, strength: float, guidance: Guidance, surrogate: float
+    plan: Plan,
+    *,
+    steps: int,
+    strength: float,
+    guidance: Guidance,
+    surrogate: float,
+    accept: float,
 ) -> Plan:
     """The plan with the distilled model and surrogates; as it is on bundles that have neither."""
     few = replace(plan, distilled=True, otherwise=plan)
     return replace(
         few,
         surrogate=surrogate,
+        background_below=600,
+        accept=accept,
         match_tones=True,
         steps=steps,
         strength=strength,
@@ -121,10 +130,15 @@ def _repel(weight: float) -> Guidance:
     return replace(_REPEL, weight=((-1, weight),), margin=-0.2)
 
 
+_KNOWN = replace(_HIDE.guidance, margin=0.75)  # closer is no better known, and smears
+
+
 _BALANCED = Preset(
     name="balanced",
-    anonymize=_drawn(_ANONYMIZE, steps=12, strength=0.9, guidance=_repel(0.1), surrogate=0.5),
-    hide=_drawn(_HIDE, steps=14, strength=0.9, guidance=_HIDE.guidance, surrogate=1.0),
+    anonymize=_drawn(
+        _ANONYMIZE, steps=12, strength=0.9, guidance=_repel(0.1), surrogate=0.5, accept=0.05
+    ),
+    hide=_drawn(_HIDE, steps=14, strength=0.9, guidance=_KNOWN, surrogate=1.0, accept=0.65),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
@@ -132,8 +146,10 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=_drawn(_QUICKER, steps=8, strength=0.9, guidance=_repel(0.12), surrogate=0.5),
-    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_HIDE.guidance, surrogate=1.0),
+    anonymize=_drawn(
+        _QUICKER, steps=8, strength=0.9, guidance=_repel(0.12), surrogate=0.5, accept=0.05
+    ),
+    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_KNOWN, surrogate=1.0, accept=0.65),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
