@@ -34,6 +34,7 @@ QUALITY_RECOGNIZERS ?=
 QUALITY_INDEPENDENT ?=
 QUALITY_OUTPUT ?= quality
 FUZZ_SECONDS ?= 60
+TEST_WORKERS ?= auto
 FUZZ_CORPUS ?= fuzz-corpus
 ATTACK_DATA ?=
 ATTACK_ARGS ?=
@@ -79,8 +80,10 @@ lint: $(VENV)/stamp-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# A process a core, each with threads of its own only where a test asks for them; the tests of a file
+# stay together, since they share what is costly to make.
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist loadfile
 
 test-slow: $(VENV)/stamp-dev
 	$(BIN)/python -m pytest -m slow -s
