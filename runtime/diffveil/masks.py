@@ -23,11 +23,10 @@ Array: TypeAlias = NDArray[np.float64]
 Mask: TypeAlias = NDArray[np.float32]
 
 _ROUND = 2.5  # exponent of the superellipse: fuller than an ellipse, to cover the brows' ends
-_CHIN = 2.0  # below the middle: an ellipse, which does not reach past the corners of the jaw
 # A head seen from above, in distances between its eyes: half its width, half its depth, and how far
-# the eyes lie before its middle, the nose's tip before the eyes. Faces' means, to a tenth or so.
+# the eyes lie before its middle, the nose's tip before the eyes: round figures that fit photos.
 _HALF_WIDTH, _HALF_DEPTH, _EYES, _NOSE = 1.2, 1.5, 1.3, 0.5
-_FAR = 0.5  # least share of a half's width that a turn leaves: the far eye is at 0.45 of it
+_FAR = 0.55  # least share of a half's width that a turn leaves: the far eye is at 0.45 of it
 _TURN = 1.0  # of the nose beside the eyes' middle, in eye distances: beyond it is a profile
 
 
@@ -53,7 +52,7 @@ def fitted_mask(size: int, template: ArrayLike, landmarks: ArrayLike) -> Mask:
 
     Where a head is turned, the half beyond its nose ends near the far eye, at the far cheek, and
     what the crop shows outside is background. How far it is turned is read off the nose's place
-    between the eyes. Below the middle the mask is as narrow as a jaw.
+    between the eyes.
 
     Args:
         size: Side of the crop in pixels.
@@ -75,7 +74,7 @@ def fitted_mask(size: int, template: ArrayLike, landmarks: ArrayLike) -> Mask:
     rim = (end - full)[far, 0]
     full[far, 0] *= left
     end[far, 0] = full[far, 0] + left * rim
-    return _feathered(size, centre, full, end, below=_CHIN)
+    return _feathered(size, centre, full, end)
 
 
 def recovery_mask(size: int, template: ArrayLike) -> Mask:
@@ -207,20 +206,16 @@ def _far_share(turn: float) -> float:
     return float(np.clip(share, _FAR, 1.0))
 
 
-def _feathered(size: int, centre: Array, full: Array, end: Array, *, below: float = _ROUND) -> Mask:
-    """1 inside the half-ellipses `full`, 0 outside `end`, and a smooth step between them.
-
-    `below` is the exponent of the lower half.
-    """
+def _feathered(size: int, centre: Array, full: Array, end: Array) -> Mask:
+    """1 inside the half-ellipses `full`, 0 outside `end`, and a smooth step between them."""
     v, u = np.mgrid[0:size, 0:size].astype(np.float64)
     offset = np.stack([u - centre[0], v - centre[1]])
     side = (offset >= 0).astype(int)  # [2, S, S]: 0 left of or above the centre, else 1
-    power = np.where(side[1], below, _ROUND)
 
     def radius(axes: Array) -> Array:
         across = np.abs(offset[0] / axes[side[0], 0])
         along = np.abs(offset[1] / axes[side[1], 1])
-        return np.asarray((across**power + along**power) ** (1.0 / power))
+        return np.asarray((across**_ROUND + along**_ROUND) ** (1.0 / _ROUND))
 
     past_full, before_end = np.maximum(radius(full) - 1, 0), np.maximum(1 - radius(end), 0)
     # Between the ellipses both are positive; `full` lies within `end`, so never both zero.
