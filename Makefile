@@ -1,7 +1,7 @@
 # Everything here does its own set-up, in .venv, on a fresh clone.
 #
 #   make demo       protect and recover the photos that packages carry; look into demo-output/
-#   make test       ruff, mypy --strict and the tests
+#   make test       ruff, mypy --strict and the tests, TEST_WORKERS=auto of them at a time
 #   make test-slow  the tests that take minutes: a model of Stable Diffusion's size, exported and
 #                   built (16 GiB of memory, 6 GB of disk)
 #   make quality    the figures of the README on your own faces: QUALITY_DATA=folder, and
@@ -33,8 +33,8 @@ QUALITY_ARGS ?=
 QUALITY_RECOGNIZERS ?=
 QUALITY_INDEPENDENT ?=
 QUALITY_OUTPUT ?= quality
-FUZZ_SECONDS ?= 60
 TEST_WORKERS ?= auto
+FUZZ_SECONDS ?= 60
 FUZZ_CORPUS ?= fuzz-corpus
 ATTACK_DATA ?=
 ATTACK_ARGS ?=

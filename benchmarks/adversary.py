@@ -219,23 +219,22 @@ def main(argv: list[str] | None = None) -> int:
     }
     faces: dict[str, dict[str, Pixels]] = {cover: {} for cover in covers}
     people: list[str] = []
+    landmarks: dict[str, NDArray[np.float64]] = {}
     sets = (("", args.people, args.max_people), ("train ", args.train, args.train_people))
     for prefix, folder, count in sets:
         portraits, _ = load_people(folder, count, args.photos, detector)
         if len({p.person for p in portraits}) < 2:
             parser.error(f"{folder}: expected person/photo.jpg of at least two people")
         crops = np.stack([p.crop("original", template, size) for p in portraits])
-        landmarks = np.stack([p.landmarks(template) for p in portraits])
-        if not prefix:
-            points = landmarks
+        landmarks[prefix] = np.stack([p.landmarks(template) for p in portraits])
         people = people or [p.person for p in portraits]
         for cover, change in covers.items():
             faces[cover][f"{prefix}original"] = crops
             faces[cover][f"{prefix}anonymized"] = change(
-                crops, landmarks, 10**5 * len(faces[cover])
+                crops, landmarks[prefix], 10**5 * len(faces[cover])
             )
     ours = faces["ours"]
-    ours["purified"] = remade(operations, ours["anonymized"], points, _PURIFY, seed=10**6)
+    ours["purified"] = remade(operations, ours["anonymized"], landmarks[""], _PURIFY, seed=10**6)
 
     to_arcface = similarity(template, ARCFACE_TEMPLATE)
     report: dict[str, Any] = {

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from diffveil.align import crop_face, similarity
+from diffveil.align import crop_face, in_crop, similarity
 from diffveil.faces import Face, FaceDetector
 from diffveil.photos import load_photo
 
@@ -47,8 +47,7 @@ class Portrait:
 
     def landmarks(self, template: NDArray[np.float64]) -> NDArray[np.float64]:
         """Where the face's landmarks lie in its crops, float64 [5, 2]."""
-        matrix = similarity(self.face.landmarks, template)
-        return np.asarray(self.face.landmarks @ matrix[:, :2].T + matrix[:, 2])
+        return in_crop(self.face.landmarks, similarity(self.face.landmarks, template))
 
 
 def central_face(pixels: Pixels, detector: FaceDetector) -> Face | None:

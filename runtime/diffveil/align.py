@@ -21,6 +21,7 @@ __all__ = [
     "ARCFACE_TEMPLATE",
     "crop_face",
     "face_mask",
+    "in_crop",
     "latent_mask",
     "paste_face",
     "paste_faces",
@@ -100,6 +101,11 @@ def similarity(landmarks: ArrayLike, template: ArrayLike) -> Matrix:
     matrix[:, :2] = scale * rotation
     matrix[:, 2] = target_mean - matrix[:, :2] @ source_mean
     return matrix
+
+
+def in_crop(points: Matrix, matrix: Matrix) -> Matrix:
+    """Where points of a photo lie in a crop: float64 [N, 2] through photo to crop, [2, 3]."""
+    return np.asarray(points @ matrix[:, :2].T + matrix[:, 2])
 
 
 def crop_face(pixels: Pixels, matrix: Matrix, size: int) -> Pixels:
@@ -353,8 +359,9 @@ def _check_pastes(
     problems = []
     if pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.dtype != np.uint8:
         problems.append(f"pixels: {pixels.dtype} {list(pixels.shape)}, expected uint8 [H, W, 3]")
-    whole = mask.shape[:-2] in ((), (len(crops),)) and mask.shape[-2:] == mask.shape[-1:] * 2
-    if not whole or mask.dtype != np.float32:
+    side = mask.shape[-1] if mask.ndim else 0
+    shapes = (side, side), (len(crops), side, side)
+    if mask.shape not in shapes or mask.dtype != np.float32:
         problems.append(
             f"mask: {mask.dtype} {list(mask.shape)}, expected float32 [S, S] or [F, S, S]"
         )
@@ -362,9 +369,9 @@ def _check_pastes(
         problems.append(f"{len(crops)} crops but {len(matrices)} matrices")
     for index, crop in enumerate(crops):
         if crop.shape != (*mask.shape[-2:], 3) or crop.dtype != np.uint8:
+            expected = [*mask.shape[-2:], 3]
             problems.append(
-                f"crop {index}: {crop.dtype} {list(crop.shape)}, "
-                f"expected uint8 {[*mask.shape[-2:], 3]}"
+                f"crop {index}: {crop.dtype} {list(crop.shape)}, expected uint8 {expected}"
             )
     if problems:
         raise OptionError("; ".join(problems))

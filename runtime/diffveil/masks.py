@@ -208,14 +208,12 @@ def _far_share(turn: float) -> float:
 
 def _feathered(size: int, centre: Array, full: Array, end: Array) -> Mask:
     """1 inside the half-ellipses `full`, 0 outside `end`, and a smooth step between them."""
-    v, u = np.mgrid[0:size, 0:size].astype(np.float64)
-    offset = np.stack([u - centre[0], v - centre[1]])
-    side = (offset >= 0).astype(int)  # [2, S, S]: 0 left of or above the centre, else 1
+    offset = np.arange(size) - centre[:, None]  # [2, S]: across, along
+    side = (offset >= 0).astype(int)  # 0 left of or above the centre, else 1
 
     def radius(axes: Array) -> Array:
-        across = np.abs(offset[0] / axes[side[0], 0])
-        along = np.abs(offset[1] / axes[side[1], 1])
-        return np.asarray((across**_ROUND + along**_ROUND) ** (1.0 / _ROUND))
+        across, along = (np.abs(offset[i] / axes[side[i], i]) ** _ROUND for i in (0, 1))
+        return np.asarray((across + along[:, None]) ** (1.0 / _ROUND))
 
     past_full, before_end = np.maximum(radius(full) - 1, 0), np.maximum(1 - radius(end), 0)
     # Between the ellipses both are positive; `full` lies within `end`, so never both zero.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from diffveil.align import crop_face, similarity
+from diffveil.align import crop_face, in_crop, similarity
 from diffveil.errors import NoFaceError, OptionError, PhotoError
 from diffveil.faces import Face
 from diffveil.photos import Photo, PhotoSource, load_photo, photo_digest
@@ -78,10 +78,8 @@ class Scene:
     @property
     def landmarks(self) -> _Matrix:
         """Where the faces' landmarks lie in their crops, float64 [F, 5, 2]."""
-        own = [
-            face.landmarks @ matrix[:, :2].T + matrix[:, 2]
-            for face, matrix in zip(self.faces, self.matrices, strict=True)
-        ]
+        pairs = zip(self.faces, self.matrices, strict=True)
+        own = [in_crop(face.landmarks, matrix) for face, matrix in pairs]
         return np.stack(own) if own else np.empty((0, 5, 2))
 
     @property

@@ -190,6 +190,16 @@ def test_the_background_stays_the_photos(
     assert change[~outside].max() > 0.3
 
 
+def test_each_crop_has_its_landmarks(programs: Programs, crops: F32) -> None:
+    points = np.tile(programs.bundle.template, (len(crops), 1, 1))
+    operations = FaceOperations(programs)
+    as_the_template = operations.prepare(crops, points).pixel_masks
+    np.testing.assert_array_equal(as_the_template, operations.prepare(crops).pixel_masks)
+    for wrong in (points[:-1], points[:, :4], points[0], points * np.nan):
+        with pytest.raises(OptionError, match="landmarks"):
+            operations.prepare(crops, wrong)
+
+
 def test_without_a_background_limit_nothing_is_kept(
     programs: Programs, backend: FakeBackend, crops: F32
 ) -> None:
