@@ -131,8 +131,8 @@ class Bundle:
 
         It covers the hashes of programs, weights and constants and the noise schedule, not names,
         licences or parity records: those may be corrected without orphaning keys. Nor does it cover
-        `denoise_few`, `guide_latent`, `step` and the surrogates, which recovery never needs: they
-        may join later.
+        `denoise_few`, `guide_latent`, `assess`, `step` and the surrogates, which recovery never
+        needs: they may join later.
         """
         m = self.manifest
         programs = {name: p for name, p in m.programs.items() if name not in _NEVER_RECOVER}

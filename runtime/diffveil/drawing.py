@@ -58,8 +58,8 @@ class FaceDrawing:
     ) -> _F32:
         """Faces that the plan takes for done, or the best of as many draws as it allows.
 
-        A face that does not meet `Plan.accept` is drawn again with other noise, by itself: which
-        faces share its batch changes nothing.
+        A face that does not meet `Plan.accept` or `Plan.natural` is drawn again with other noise,
+        by itself: which faces share its batch changes nothing.
 
         Args:
             faces: The photos' faces.
@@ -78,21 +78,14 @@ class FaceDrawing:
             EngineError: A program failed.
         """
         images = self._draw(faces, plan, keys, variants, apart, anchors, progress)
-        if plan.accept is None or not plan.redraws:
+        look = _Look(self._programs, plan, self._max_batch)
+        if not plan.redraws or not look.sees:
             return images.reshape(len(faces), variants, *images.shape[1:])
-        # The smaller, the better, whichever way the plan guides.
-        sign = 1.0 if plan.guidance.mode == "repel" else -1.0
         anchors = faces.identities if anchors is None else anchors
-
-        def wrong(images: _F32, owners: NDArray[np.intp]) -> _F32:
-            seen = self._recognized(images, faces.crops[owners], faces.pixel_masks[owners])
-            cosines: _F32 = (seen * anchors[owners]).sum(axis=1)
-            return sign * cosines
-
         owner = np.repeat(np.arange(len(faces)), variants)
-        worst = wrong(images, owner)
+        excess, naturalness = look.at(images, faces.take(owner), anchors[owner])
         for attempt in range(plan.redraws):
-            rows = np.flatnonzero(worst > sign * plan.accept)
+            rows = np.flatnonzero((excess > 0) | (naturalness < plan.natural))
             if not len(rows):
                 break
             again = [
@@ -100,11 +93,14 @@ class FaceDrawing:
                 for row in rows
             ]
             chosen = owner[rows]
-            drawn = self._draw(faces.take(chosen), plan, again, 1, apart, anchors[chosen])
-            found = wrong(drawn, chosen)
-            better = found < worst[rows]
+            part = faces.take(chosen)
+            drawn = self._draw(part, plan, again, 1, apart, anchors[chosen])
+            e, n = look.at(drawn, part, anchors[chosen])
+            # Whom it shows comes first, how it looks second.
+            tied = e == excess[rows]
+            better = (e < excess[rows]) | (tied & (n > naturalness[rows]))
             images[rows[better]] = drawn[better]
-            worst[rows[better]] = found[better]
+            excess[rows[better]], naturalness[rows[better]] = e[better], n[better]
         return images.reshape(len(faces), variants, *images.shape[1:])
 
     def start_noise(self, keys: Sequence[NoiseKey], variants: int = 1) -> Latent:
@@ -221,10 +217,49 @@ class FaceDrawing:
         signal, sigma = self._schedule.signal(start), self._schedule.noise(start)
         return ((x - signal * faces.latents.astype(np.float64)) / sigma).astype(np.float32)
 
-    def _recognized(self, images: _F32, crops: _F32, masks: _F32) -> _F32:
-        """What the recognizer sees in faces [R, 3, S, S] put into their photos': [R, E]."""
-        placed = crops + masks * (images - crops)
-        return in_chunks(self._programs.recognize, self._max_batch, image=placed)
+
+class _Look:
+    """Looks at drawn faces, put into their photos, as a plan asks.
+
+    Args:
+        programs: Programs of the bundle.
+        plan: Says what is good enough.
+        max_batch: Most rows of one program call.
+    """
+
+    def __init__(self, programs: Programs, plan: Plan, max_batch: int) -> None:
+        self._programs, self._plan, self._max_batch = programs, plan, max_batch
+        self._grades = plan.natural > 0.0 and programs.can("assess")
+
+    @property
+    def sees(self) -> bool:
+        """Whether a face could be found wrong at all."""
+        return self._grades or self._plan.accept is not None
+
+    def at(self, images: _F32, faces: FaceBatch, anchors: _F32) -> tuple[_F32, _F32]:
+        """Look at faces [R, 3, S, S] drawn for as many photos' faces.
+
+        Args:
+            images: Float32 in [-1, 1].
+            faces: Whose place they take.
+            anchors: Identities to leave or to reach, [R, E].
+
+        Returns:
+            By how much the cosine misses `Plan.accept`, 0 where it does not; naturalness, 1 where
+            nobody asks for it. Both float32 [R].
+        """
+        placed = faces.crops + faces.pixel_masks * (images - faces.crops)
+        excess = np.zeros(len(images), np.float32)
+        if self._plan.accept is not None:
+            seen = in_chunks(self._programs.recognize, self._max_batch, image=placed)
+            sign = np.float32(1.0 if self._plan.guidance.mode == "repel" else -1.0)
+            cosines = (seen * anchors).sum(axis=1)
+            excess = np.maximum(sign * (cosines - np.float32(self._plan.accept)), np.float32(0))
+        naturalness = np.ones(len(images), np.float32)
+        if self._grades:
+            grades = in_chunks(self._programs.assess, self._max_batch, image=placed)
+            naturalness = np.array(grades)  # an engine's own array may be read-only
+        return excess, naturalness
 
 
 def _mixed(own: Latent, fresh: Latent, share: float) -> Latent:

@@ -155,7 +155,10 @@ class Plan:
         accept: Cosine similarity of a drawn face to the photo's identity, as the recognizer sees
             it: at most this to repel, at least this to attract. Faces beyond it are drawn again.
             None: every face is taken.
-        redraws: How many times at most. The best of all draws is kept.
+        natural: Naturalness of a drawn face, 0 … 1, as `assess` sees it: faces below it are drawn
+            again. 0, or a bundle without `assess`: looks are not asked for.
+        redraws: How many times at most. Of all draws, one that meets `accept` is kept before one
+            that does not; among those the most natural, or without `assess` the first.
         otherwise: The plan that takes this one's place on bundles without `denoise_few` or without
             surrogates, whichever it asks for; None to do by the same numbers without them.
         background: What the background is reset to: the photo's latent ``"noised"`` as far as the
@@ -178,6 +181,7 @@ class Plan:
     surrogate: float = 0.0
     match_tones: bool = False
     accept: float | None = None
+    natural: float = 0.0
     redraws: int = 0
     otherwise: Plan | None = None
 
@@ -213,10 +217,12 @@ class Plan:
             problems.append(f"surrogate is {self.surrogate}, expected 0 to 1")
         if self.accept is not None and not -1.0 <= self.accept <= 1.0:
             problems.append(f"accept is {self.accept}, expected -1 to 1, or None")
+        if not 0.0 <= self.natural <= 1.0:
+            problems.append(f"natural is {self.natural}, expected 0 to 1")
         if not 0 <= self.redraws <= _MOST_REDRAWS:
             problems.append(f"redraws is {self.redraws}, expected 0 to {_MOST_REDRAWS}")
-        if self.redraws and self.accept is None:
-            problems.append("redraws is given, but accept takes every face")
+        if self.redraws and self.accept is None and not self.natural:
+            problems.append("redraws is given, but accept and natural take every face")
         if self.otherwise is not None:
             if not self.distilled and not self.surrogate:
                 problems.append("otherwise is given, but the plan asks for nothing")

@@ -102,28 +102,26 @@ _HIDE = Plan(
 # are made up from what surrounds them. A surrogate leads away from the person by itself, so that
 # guidance may leave faces alone sooner, and more noise costs no wholeness. From the same step on,
 # what surrounds the face is the photo's: features are drawn where the head has them.
-def _drawn(
-    plan: Plan,
-    *,
-    steps: int,
-    strength: float,
-    guidance: Guidance,
-    surrogate: float,
-    accept: float,
-) -> Plan:
+def _drawn(plan: Plan, *, steps: int, strength: float = 0.9, guidance: Guidance) -> Plan:
     """The plan with the distilled model and surrogates; as it is on bundles that have neither."""
     few = replace(plan, distilled=True, otherwise=plan)
+    repel = plan.guidance.mode == "repel"
     return replace(
         few,
-        surrogate=surrogate,
+        surrogate=0.5 if repel else 1.0,
         background_below=600,
-        accept=accept,
+        accept=0.05 if repel else 0.65,
+        natural=_NATURAL,
+        redraws=3 if repel else 2,
         match_tones=True,
         steps=steps,
         strength=strength,
         guidance=guidance,
         otherwise=few,
     )
+
+
+_NATURAL = 0.4  # four in five first draws have as much; asking for more costs more draws
 
 
 def _repel(weight: float) -> Guidance:
@@ -135,10 +133,8 @@ _KNOWN = replace(_HIDE.guidance, margin=0.75)  # closer is no better known, and 
 
 _BALANCED = Preset(
     name="balanced",
-    anonymize=_drawn(
-        _ANONYMIZE, steps=12, strength=0.9, guidance=_repel(0.1), surrogate=0.5, accept=0.05
-    ),
-    hide=_drawn(_HIDE, steps=14, strength=0.9, guidance=_KNOWN, surrogate=1.0, accept=0.65),
+    anonymize=_drawn(_ANONYMIZE, steps=12, guidance=_repel(0.1)),
+    hide=_drawn(_HIDE, steps=14, guidance=_KNOWN),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
@@ -146,10 +142,8 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=_drawn(
-        _QUICKER, steps=8, strength=0.9, guidance=_repel(0.12), surrogate=0.5, accept=0.05
-    ),
-    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_KNOWN, surrogate=1.0, accept=0.65),
+    anonymize=_drawn(_QUICKER, steps=8, guidance=_repel(0.12)),
+    hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_KNOWN),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 

@@ -209,6 +209,12 @@ OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
                 _GUIDE_OUTPUTS,
             ),
             ProgramSpec(
+                "assess",
+                "image to how whole the face in it looks",
+                (TensorSpec("image", _IMAGE),),
+                (TensorSpec("naturalness", ("B",)),),
+            ),
+            ProgramSpec(
                 "step",
                 "denoise, guidance, sampler update and background in one graph",
                 (
@@ -282,7 +288,7 @@ OPTIONAL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType(
 LOOP_PROGRAMS = ("predict", "steer", "advance")
 """Optional programs without weights: what a sampling loop computes between the networks."""
 
-JOINED_LATER = frozenset({"guide_latent", "step", *LOOP_PROGRAMS})
+JOINED_LATER = frozenset({"guide_latent", "assess", "step", *LOOP_PROGRAMS})
 """Optional programs that are made from a finished bundle; recovery keys do not depend on them."""
 
 ALL_PROGRAMS: Mapping[str, ProgramSpec] = MappingProxyType({**PROGRAMS, **OPTIONAL_PROGRAMS})

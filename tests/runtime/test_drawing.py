@@ -1,4 +1,4 @@
-"""Faces that do not meet their plan's `accept` are drawn again, and the best draw is kept."""
+"""Faces that do not meet `accept` or `natural` are drawn again, and the best draw is kept."""
 
 from __future__ import annotations
 
@@ -41,6 +41,11 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Programs:
     return fake_programs(tmp_path_factory.mktemp("bundle"))
 
 
+@pytest.fixture(scope="module")
+def judging(tmp_path_factory: pytest.TempPathFactory) -> Programs:
+    return fake_programs(tmp_path_factory.mktemp("judging"), optional=["assess"])
+
+
 def crops_of(seed: int, count: int = 3) -> F32:
     return np.random.default_rng(seed).uniform(-1, 1, (count, 3, 32, 32)).astype(np.float32)
 
@@ -51,29 +56,45 @@ def act(programs: Programs, plan: Plan, crops: F32, keys: list[NoiseKey], varian
     return verb(crops, plan, keys=keys, variants=variants)
 
 
-def likeness(programs: Programs, crop: F32, drawn: F32) -> float:
-    """Cosine of a photo's face and of another put into its place."""
+def placed(programs: Programs, crop: F32, drawn: F32) -> F32:
+    """A face put into another's place, [1, 3, S, S]."""
     bundle = programs.bundle
     mask = fitted_mask(bundle.image_size, bundle.template, bundle.template)
-    placed = (crop + mask * (drawn - crop)).astype(np.float32)
-    a, b = programs.recognize(image=crop[None]), programs.recognize(image=placed[None])
+    return (crop + mask * (drawn - crop)).astype(np.float32)[None]
+
+
+def likeness(programs: Programs, crop: F32, drawn: F32) -> float:
+    """Cosine of a photo's face and of another put into its place."""
+    a = programs.recognize(image=crop[None])
+    b = programs.recognize(image=placed(programs, crop, drawn))
     return float((a * b).sum())
+
+
+def merit(programs: Programs, plan: Plan, crop: F32, drawn: F32) -> tuple[float, float]:
+    """How little a face misses what its plan accepts, and how natural it looks: best is largest."""
+    missing = 0.0
+    if plan.accept is not None:
+        sign = 1.0 if plan.guidance.mode == "repel" else -1.0
+        missing = max(sign * (likeness(programs, crop, drawn) - plan.accept), 0.0)
+    naturalness = 1.0
+    if plan.natural and programs.can("assess"):
+        naturalness = float(programs.assess(image=placed(programs, crop, drawn))[0])
+    return -missing, naturalness
 
 
 def best_of(
     programs: Programs, plan: Plan, crop: F32, key: NoiseKey, variant: int, first: F32
 ) -> F32:
     """What a face should become, one draw after the other: the oracle."""
-    sign = 1.0 if plan.guidance.mode == "repel" else -1.0
-    assert plan.accept is not None
-    best, value = first, sign * likeness(programs, crop, first)
+    best, value = first, merit(programs, plan, crop, first)
     for attempt in range(plan.redraws):
-        if value <= sign * plan.accept:
+        if value[0] == 0.0 and value[1] >= plan.natural:
             break
         again = key.derive("diffveil/v1/redraw", variant, attempt)
-        drawn = act(programs, replace(plan, accept=None, redraws=0), crop[None], [again])[0, 0]
-        found = sign * likeness(programs, crop, drawn)
-        if found < value:
+        once = replace(plan, accept=None, natural=0.0, redraws=0)
+        drawn = act(programs, once, crop[None], [again])[0, 0]
+        found = merit(programs, plan, crop, drawn)
+        if found > value:
             best, value = drawn, found
     return best
 
@@ -99,6 +120,56 @@ def test_each_face_is_the_first_that_is_good_enough_or_the_best(
                 programs, asked, crops[face], KEYS[face], variant, first[face, variant]
             )
             np.testing.assert_allclose(result[face, variant], expected, rtol=0, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    plan=st.sampled_from([REPEL, ATTRACT]),
+    seed=st.integers(0, 1000),
+    accept=st.none() | st.floats(-1, 1),
+    natural=st.floats(0.01, 1),
+    redraws=st.integers(1, 4),
+    variants=st.integers(1, 3),
+)
+def test_of_faces_that_are_accepted_the_most_natural_is_kept(
+    judging: Programs,
+    plan: Plan,
+    seed: int,
+    accept: float | None,
+    natural: float,
+    redraws: int,
+    variants: int,
+) -> None:
+    crops = crops_of(seed)
+    asked = replace(plan, accept=accept, natural=natural, redraws=redraws)
+    first = act(judging, plan, crops, KEYS, variants)
+    result = act(judging, asked, crops, KEYS, variants)
+    for face in range(len(crops)):
+        for variant in range(variants):
+            expected = best_of(
+                judging, asked, crops[face], KEYS[face], variant, first[face, variant]
+            )
+            np.testing.assert_allclose(result[face, variant], expected, rtol=0, atol=1e-5)
+
+
+def test_an_unnatural_face_is_drawn_again_and_a_natural_one_is_not(judging: Programs) -> None:
+    backend = judging.backend
+    assert isinstance(backend, FakeBackend)
+    crops = crops_of(3)
+    for natural, draws in ((1e-6, 1), (1.0, 4)):
+        backend.calls.clear()
+        act(judging, replace(REPEL, natural=natural, redraws=3), crops, KEYS)
+        names = [name for name, _ in backend.calls]
+        assert names.count("decode") == names.count("assess") == draws
+        assert "recognize" not in names[names.index("decode") :]  # nobody asked who it is
+
+
+def test_nature_is_not_asked_for_without_a_judge(programs: Programs) -> None:
+    crops = crops_of(4)
+    asked = replace(REPEL, natural=1.0, redraws=3)
+    np.testing.assert_array_equal(
+        act(programs, asked, crops, KEYS), act(programs, REPEL, crops, KEYS)
+    )
 
 
 @pytest.mark.parametrize("plan", [REPEL, ATTRACT], ids=["repel", "attract"])
@@ -165,7 +236,9 @@ def test_presets_look_at_what_they_drew_and_pseudonyms_do_not() -> None:
         ({"redraws": 17, "accept": 0.0}, "redraws is 17"),
         ({"surrogate": 1.5}, "surrogate is 1.5"),
         ({"surrogate": -0.1}, "surrogate is -0.1"),
-        ({"redraws": 1}, "accept takes every face"),
+        ({"natural": -0.1, "redraws": 1}, "natural is -0.1"),
+        ({"natural": 1.5, "redraws": 1}, "natural is 1.5"),
+        ({"redraws": 1}, "accept and natural take every face"),
     ],
 )
 def test_numbers_out_of_range_are_named(changes: dict[str, float], problem: str) -> None:

@@ -195,6 +195,17 @@ class Programs:
         """
         return self._only("face", self._pool.call("parse", image=image))
 
+    def assess(self, *, image: Array) -> _F32:
+        """Naturalness [B], 0 … 1, of the faces in images [B, 3, S, S] in [-1, 1].
+
+        The grade that people's eyes would give, as far as a network learned it: 0 for a face that
+        is smeared or half drawn, 1 for one that passes as a photograph's.
+
+        Raises:
+            BundleError: The bundle has no program `assess`; see `can`.
+        """
+        return self._only("naturalness", self._pool.call("assess", image=image))
+
     def can(self, program: str) -> bool:
         """Whether the bundle has an optional program."""
         return program in self.bundle.manifest.programs

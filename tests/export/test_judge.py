@@ -1,0 +1,120 @@
+"""Program `assess`: how a judge joins a bundle, and that it computes what PyTorch does."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from diffveil.bundle import Bundle
+from diffveil.engines import ONNXRuntimeCPU, Programs
+from diffveil.errors import BundleError, OptionError
+from diffveil.golden import check_backend
+from diffveil_export.judge import add_judge
+from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.recognizer import FaceRecognizer
+from diffveil_export.verify import ParityError
+
+
+def judge_for(bundle: Bundle, seed: int = 0) -> FaceJudge:
+    """A small one with random weights, batch statistics included."""
+    torch.manual_seed(seed)
+    size = bundle.image_size
+    judge = FaceJudge(margin=0, size=size, widths=(8, 12), blocks=(1, 1), width=8)
+    for name, buffer in judge.named_buffers():
+        if buffer.is_floating_point():
+            values = torch.rand_like(buffer) if "var" in name else torch.randn_like(buffer)
+            buffer.copy_(values + 0.5)
+    return judge
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+
+
+@pytest.fixture(scope="module")
+def judged(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    target = tmp_path_factory.mktemp("judged") / "bundle"
+    return add_judge(tiny_bundle, judge_for(tiny_bundle).fuse(), target, origin="nobody's grades")
+
+
+def test_a_judge_joins_without_changing_anything_else(tiny_bundle: Bundle, judged: Bundle) -> None:
+    assert judged.fingerprint == tiny_bundle.fingerprint
+    before, after = digests(tiny_bundle.path), digests(judged.path)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed == {"bundle.json", "golden.safetensors", "assess.onnx", "assess.bin"}
+    assert judged.manifest.provenance["assess"] == "nobody's grades"
+    assert judged.program("assess").cost is not None
+    with pytest.raises(BundleError, match="no program 'assess'"):
+        tiny_bundle.program("assess")
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("weights", ["float32", "int8"])
+def test_it_computes_what_pytorch_does(
+    tiny_bundle: Bundle, tmp_path: Path, batch: int, weights: str
+) -> None:
+    judge = judge_for(tiny_bundle, seed=batch).fuse()
+    bundle = add_judge(tiny_bundle, judge, tmp_path / "bundle", weights=weights)  # type: ignore[arg-type]
+    size = bundle.image_size
+    image = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
+    with torch.no_grad():
+        expected = judge.double()(torch.from_numpy(image).double()).numpy()
+    with Programs(bundle, ONNXRuntimeCPU()) as programs:
+        found = programs.assess(image=image)
+    assert found.shape == (batch,)
+    assert ((found > 0) & (found < 1)).all()
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+    assert all(check_backend(bundle, ONNXRuntimeCPU(), programs=["assess"]))
+
+
+def test_fusing_changes_nothing(tiny_bundle: Bundle) -> None:
+    judge = judge_for(tiny_bundle).eval()
+    image = torch.rand(2, 3, judge.size, judge.size) * 2 - 1
+    with torch.no_grad():
+        before = judge(image)
+        # The trunk's normalisations fold when it is a recognizer's; the judge's own fold here.
+        torch.testing.assert_close(judge.fuse()(image), before, rtol=1e-5, atol=1e-6)
+
+
+def test_it_begins_with_a_recognizers_eyes() -> None:
+    torch.manual_seed(1)
+    recognizer = FaceRecognizer(0, 32, (8, 12, 16), (1, 1, 1), 5).eval()
+    judge = FaceJudge(0, 32, (8, 12), (1, 1), 8)
+    image = torch.rand(2, 3, 32, 32)
+    expected = recognizer.features[:5](image)
+    judge.begin_with(recognizer.fuse())
+    with torch.no_grad():
+        torch.testing.assert_close(judge.eval().trunk(image), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bundle_that_is_there_stays(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    target = tmp_path / "bundle"
+    first = add_judge(tiny_bundle, judge_for(tiny_bundle).fuse(), target)
+    before = digests(target)
+    with pytest.raises(OptionError, match="exists"):
+        add_judge(first, judge_for(tiny_bundle, seed=2).fuse(), target)
+    assert digests(target) == before
+    add_judge(first, judge_for(tiny_bundle, seed=2).fuse(), target, force=True)
+    assert digests(target)["assess.bin"] != before["assess.bin"]
+
+
+def test_a_judge_that_computes_something_else_is_refused(
+    tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    judge = judge_for(tiny_bundle).fuse()
+    calls = 0
+    original = FaceJudge.forward
+
+    def drifting(self: FaceJudge, image: torch.Tensor) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        return original(self, image) + (0.01 if calls > 3 else 0.0)
+
+    monkeypatch.setattr(FaceJudge, "forward", drifting)
+    with pytest.raises(ParityError, match="assess"):
+        add_judge(tiny_bundle, judge, tmp_path / "bundle")
+    assert not (tmp_path / "bundle").exists()
