@@ -1,0 +1,90 @@
+"""What the judge of drawn faces learns from: grades read beside the faces that they are about."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
+
+from draw_for_grading import rows_to_draw
+from train_judge import area, load_graded
+
+FACTS = {"verb": "hide", "preset": "fast", "seed": 3, "drawn_by": "abc"}
+
+
+def graded_folder(work: Path, grades: list[str], count: int = 6) -> Path:
+    """Faces of two sheets, and a file with grades of them."""
+    folder = work / "grading" / "hide-3"
+    folder.mkdir(parents=True)
+    (folder / "drawn.json").write_text(json.dumps(FACTS))
+    for sheet in range(2):
+        first = sheet * count // 2
+        numbers = np.arange(first, first + count // 2)
+        faces = np.broadcast_to(numbers[:, None, None, None], (count // 2, 3, 128, 128))
+        arrays: dict[str, Any] = {"drawn": faces / 8, "own": -faces / 8}
+        arrays = {name: array.astype(np.float16) for name, array in arrays.items()}
+        np.savez(folder / f"{sheet:03d}.npz", **arrays, rows=numbers + 3)
+    file = work / "grades.json"
+    file.write_text(json.dumps([{"drawn": FACTS, "grades": grades}]))
+    return file
+
+
+def test_grades_are_means_of_those_that_were_given(tmp_path: Path) -> None:
+    graded = load_graded(tmp_path, graded_folder(tmp_path, ["0.2121", "1.210."]))
+    assert graded.grades.tolist() == [0.25, 1.0, 0.5, 0.5, 0.5]  # the second face has none
+    assert graded.faces[:, 0, 0, 0].tolist() == [0, 2 / 8, 3 / 8, 4 / 8, 5 / 8]
+    assert (graded.own == -graded.faces).all()
+    assert graded.held_out.tolist() == [False, True, False, False, False]  # row 5
+
+
+def test_faces_drawn_since_the_grades_were_given_are_none_of_theirs(tmp_path: Path) -> None:
+    graded = load_graded(tmp_path, graded_folder(tmp_path, ["012"]))
+    assert graded.grades.tolist() == [0.0, 0.5, 1.0]
+
+
+def test_grades_of_other_faces_are_refused(tmp_path: Path) -> None:
+    file = graded_folder(tmp_path, ["012012"])
+    other = json.loads(file.read_text())
+    other[0]["drawn"]["drawn_by"] = "other weights"
+    file.write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="other weights or another plan"):
+        load_graded(tmp_path, file)
+
+
+def test_without_faces_it_says_what_to_do(tmp_path: Path) -> None:
+    file = tmp_path / "grades.json"
+    file.write_text(json.dumps([{"drawn": FACTS, "grades": ["0"]}]))
+    with pytest.raises(SystemExit, match=r"draw_for_grading\.py"):
+        load_graded(tmp_path, file)
+
+
+def test_area_is_how_often_a_positive_outscores_a_negative() -> None:
+    rng = np.random.default_rng(0)
+    scores, positive = rng.permutation(40) / 40, rng.random(40) < 0.3
+    wins = scores[positive][:, None] > scores[~positive]
+    assert area(scores, positive) == pytest.approx(wins.mean())
+
+
+def test_rows_are_reproducible_and_never_drawn_twice() -> None:
+    names = [f"celeba/{i}" for i in range(30)] + [f"utkface/{i}" for i in range(50)]
+    rows = list(rows_to_draw(names, 4))
+    assert len(rows) == len(set(rows))
+    assert rows == list(rows_to_draw(names, 4))
+    assert rows != list(rows_to_draw(names, 5))
+    whole = np.mean([row < 30 for row in rows[:25]])
+    assert 0.3 < whole < 0.9
+
+
+def test_the_grades_that_ship_are_grades() -> None:
+    file = Path(__file__).resolve().parents[2] / "recipes/reference/grades.json"
+    for entry in json.loads(file.read_text()):
+        lengths = {len(grades) for grades in entry["grades"]}
+        assert len(lengths) == 1
+        assert set("".join(entry["grades"])) <= set("012.")
+        assert set(entry["drawn"]) == set(FACTS)
