@@ -4,21 +4,20 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import onnx_ir as ir
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffveil.bundle import Bundle
-from diffveil.engines import ONNXRuntimeCPU
 from diffveil.golden import GOLDEN_FILE
 from diffveil.programs import ALL_PROGRAMS
-from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, enter_program, staged_folder
+from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, staged_folder
 from diffveil_export.cost import program_cost
 from diffveil_export.golden import golden_outputs
+from diffveil_export.joining import enter_checked, save_with_weights
 from diffveil_export.lower import lower
-from diffveil_export.storage import DataFile, WeightStorage, round_weights, shrink_initializers
-from diffveil_export.verify import check_program, random_inputs, require_parity
+from diffveil_export.storage import WeightStorage, round_weights
+from diffveil_export.verify import random_inputs
 
 __all__ = ["add_judge"]
 
@@ -63,11 +62,7 @@ def add_judge(
         inputs = random_inputs(_SPEC, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))
         model = lower(judge, _SPEC, inputs)
         cost = program_cost(model)
-        shrink_initializers(model, weights)
-        store = DataFile(folder / _DATA)
-        store.absorb(model)
-        ir.save(model, folder / "assess.onnx")
-        store.close()
+        save_with_weights(model, folder / "assess.onnx", _DATA, weights)
         if bundle.has_golden:
             tensors = load_file(folder / GOLDEN_FILE)
             tensors |= golden_outputs(judge, _SPEC, d, tensors, _GOLDEN_SEED)
@@ -75,14 +70,6 @@ def add_judge(
 
         provenance = {"assess": origin} if origin else {}
         facts = ProgramFacts((_DATA,), cost=cost)
-        enter_program(folder, _SPEC, d, facts, provenance, (_DATA, GOLDEN_FILE))
-        engine = ONNXRuntimeCPU(threads=torch.get_num_threads()).load(Bundle.load(folder), "assess")
-        try:
-            rows = check_program(judge, engine, d)
-        finally:
-            engine.close()
-        require_parity(rows)
-        facts = ProgramFacts((_DATA,), tuple(row.entry() for row in rows), cost=cost)
-        enter_program(folder, _SPEC, d, facts, provenance)
+        enter_checked(folder, _SPEC, d, judge, facts, provenance, (_DATA, GOLDEN_FILE))
         Bundle.load(folder).verify(full=True)
     return Bundle.load(target)

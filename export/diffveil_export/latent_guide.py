@@ -6,29 +6,27 @@ import json
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 import torch
 from safetensors.numpy import load_file, save_file
 from torch import nn
 
 from diffveil.bundle import MANIFEST_FILE, Bundle
-from diffveil.engines import ONNXRuntimeCPU
 from diffveil.errors import OptionError
-from diffveil.golden import GOLDEN_FILE, check_backend
+from diffveil.golden import GOLDEN_FILE
 from diffveil.programs import ALL_PROGRAMS, DYNAMIC_AXES
 from diffveil_export.bundle_writer import (
     ProgramFacts,
     copy_bundle,
-    enter_program,
     staged_folder,
     write_json,
 )
 from diffveil_export.cost import program_cost
 from diffveil_export.gradient import trace_gradient
+from diffveil_export.joining import enter_checked, save_with_weights
 from diffveil_export.latent_recognizer import LatentRecognizer
 from diffveil_export.lower import lower
-from diffveil_export.storage import DataFile, WeightStorage, round_weights, shrink_initializers
-from diffveil_export.verify import check_program, random_inputs, require_parity
+from diffveil_export.storage import WeightStorage, round_weights
+from diffveil_export.verify import random_inputs
 from diffveil_export.wrappers import Guide
 
 __all__ = ["add_latent_guide", "latent_guide"]
@@ -93,25 +91,12 @@ def add_latent_guide(
         )
         model = lower(trace_gradient(guide, inputs, dynamic), _SPEC, inputs)
         cost = program_cost(model)
-        shrink_initializers(model, weights)
-        store = DataFile(folder / _DATA)
-        store.absorb(model)
-        ir.save(model, folder / "guide_latent.onnx")
-        store.close()
+        save_with_weights(model, folder / "guide_latent.onnx", _DATA, weights)
         _add_golden(guide, folder)
 
-        facts = {"guide_latent": student.origin} if student.origin else {}
-        changed = (_DATA, GOLDEN_FILE)
-        enter_program(folder, _SPEC, d, ProgramFacts((_DATA,), cost=cost), facts, changed)
-        staged, backend = Bundle.load(folder), ONNXRuntimeCPU(threads=torch.get_num_threads())
-        engine = backend.load(staged, "guide_latent")
-        rows = check_program(guide, engine, d)
-        engine.close()
-        if (folder / GOLDEN_FILE).exists():
-            rows += check_backend(staged, backend, programs=["guide_latent"])
-        require_parity(rows)
-        parity = tuple(row.entry() for row in rows)
-        enter_program(folder, _SPEC, d, ProgramFacts((_DATA,), parity=parity, cost=cost), facts)
+        provenance = {"guide_latent": student.origin} if student.origin else {}
+        facts, changed = ProgramFacts((_DATA,), cost=cost), (_DATA, GOLDEN_FILE)
+        enter_checked(folder, _SPEC, d, guide, facts, provenance, changed, golden=True)
         Bundle.load(folder).verify(full=True)
     return Bundle.load(target)
 

@@ -10,16 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from diffveil.bundle import Bundle
-from diffveil.engines import ONNXRuntimeCPU
 from diffveil.golden import GOLDEN_FILE
-from diffveil.parity import OutputParity
 from diffveil.programs import ALL_PROGRAMS, LOOP_PROGRAMS, ProgramSpec
-from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, enter_program, staged_folder
+from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, staged_folder
 from diffveil_export.cost import program_cost
 from diffveil_export.golden import golden_outputs
+from diffveil_export.joining import enter_checked
 from diffveil_export.lower import lower
 from diffveil_export.step_parts import Advance, PredictProgram, Steer
-from diffveil_export.verify import check_program, random_inputs, require_parity
+from diffveil_export.verify import random_inputs
 
 __all__ = ["add_loop_programs"]
 
@@ -62,18 +61,5 @@ def _add(folder: Path, spec: ProgramSpec, module: nn.Module, bundle: Bundle) -> 
     inputs = random_inputs(spec, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))
     model = lower(module, spec, inputs)
     ir.save(model, folder / f"{spec.name}.onnx")
-    cost = program_cost(model)
-    enter_program(folder, spec, d, ProgramFacts((), cost=cost), {}, (GOLDEN_FILE,))
-    rows = _check(folder, spec, module)
-    require_parity(rows)
-    parity = tuple(row.entry() for row in rows)
-    enter_program(folder, spec, d, ProgramFacts((), parity=parity, cost=cost), {})
-
-
-def _check(folder: Path, spec: ProgramSpec, module: nn.Module) -> tuple[OutputParity, ...]:
-    staged, backend = Bundle.load(folder), ONNXRuntimeCPU(threads=torch.get_num_threads())
-    engine = backend.load(staged, spec.name)
-    try:
-        return check_program(module, engine, staged.dimensions)
-    finally:
-        engine.close()
+    facts = ProgramFacts((), cost=program_cost(model))
+    enter_checked(folder, spec, d, module, facts, {}, (GOLDEN_FILE,))

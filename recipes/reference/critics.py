@@ -87,7 +87,7 @@ def look(
 
 
 def within(score: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Mean of a score map [B, 1, h, w] where a mask [1, 1, S, S] shows the drawn face."""
+    """Mean of a score map [B, 1, h, w] where masks [B, 1, S, S] show the drawn faces."""
     weight = F.adaptive_avg_pool2d(mask, (score.shape[-2], score.shape[-1]))
     return (score.float() * weight).mean() / weight.mean()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ from train_diffusion import Diffusion
 from diffveil.engines import Programs
 from diffveil.fused import Background
 from diffveil.guidance import IdentityGuidance
-from diffveil.masks import face_mask, latent_mask
+from diffveil.masks import face_mask, fitted_mask, latent_mask
 from diffveil.noise import NoiseKey
 from diffveil.plans import Plan
 from diffveil.samplers import SamplerTable, Step
@@ -30,6 +31,8 @@ class Faces:
     tokens: torch.Tensor  # [B, 10, D]
     identities: torch.Tensor  # [B, E]
     surrogates: torch.Tensor  # [B, 10, D]
+    mask: torch.Tensor  # [B, 1, S, S], 0 … 1: where the drawn face goes
+    latent_mask: torch.Tensor  # [B, 1, s, s], alike
 
 
 class Sampler:
@@ -45,11 +48,18 @@ class Sampler:
         self._network, self._programs, self._device = network, programs, device
         self.schedule = programs.bundle.manifest.schedule
         self._collection = Surrogates.load(programs.bundle)
-        size, template = programs.bundle.image_size, programs.bundle.template
-        mask = face_mask(size, template)
-        self.pixel_mask = torch.from_numpy(mask)[None, None].to(device)
-        small = programs.bundle.dimensions.latent_size
-        self.latent_mask = latent_mask(mask, small)[None, None]
+
+    def masks(self, landmarks: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Masks [B, 1, S, S] and [B, 1, s, s] of faces with these landmarks; None: not found."""
+        bundle = self._programs.bundle
+        size, template = bundle.image_size, bundle.template
+        masks = [
+            face_mask(size, template) if own is None else fitted_mask(size, template, own)
+            for own in landmarks
+        ]
+        small = [latent_mask(mask, bundle.dimensions.latent_size) for mask in masks]
+        whole, cells = (torch.from_numpy(np.stack(m))[:, None] for m in (masks, small))
+        return whole.to(self._device), cells.to(self._device)
 
     def conditions(self, faces: Faces, plan: Plan, timestep: int) -> torch.Tensor:
         """Conditioning [B, T, D] at a timestep."""
@@ -100,8 +110,7 @@ class Sampler:
                     epsilon = unet(given, t, conditioning, return_dict=False)[0]
                 return epsilon.float().cpu().numpy()  # type: ignore[no-any-return]
 
-            mask = np.repeat(self.latent_mask, len(clean), axis=0)
-            blend = Background(self.schedule, plan, clean, noise, mask)
+            blend = Background(self.schedule, plan, clean, noise, faces.latent_mask.cpu().numpy())
             x, _ = run(
                 SamplerTable(table.name, table.start_timestep, table.steps[:stop]),
                 x,
@@ -129,16 +138,9 @@ class Sampler:
         direction = guidance(x0.detach().cpu().numpy(), step)
         return torch.from_numpy(-reach * direction).float().to(x0.device)
 
-    def whole(self, clean: torch.Tensor, latent: torch.Tensor) -> torch.Tensor:
-        """Latents of faces within their photos' clean latents, all [B, C, s, s]."""
-        mask = torch.from_numpy(self.latent_mask).to(latent.device)
-        return clean + mask * (latent - clean)
-
-    def pasted(
-        self, decode: Any, image: torch.Tensor, clean: torch.Tensor, latent: torch.Tensor
-    ) -> torch.Tensor:
-        """Decoded faces [B, 3, S, S] within their photos; around them the photos' clean latents."""
-        whole = self.whole(clean, latent)
+    def pasted(self, decode: Any, faces: Faces, latent: torch.Tensor) -> torch.Tensor:
+        """Decoded faces [B, 3, S, S] in their photos; around them the photos' clean latents."""
+        whole = faces.latent + faces.latent_mask * (latent - faces.latent)
         face = decode(whole.to(memory_format=torch.channels_last)).float()
-        pasted: torch.Tensor = image + self.pixel_mask * (face.clamp(-1.1, 1.1) - image)
+        pasted: torch.Tensor = faces.image + faces.mask * (face.clamp(-1.1, 1.1) - faces.image)
         return pasted

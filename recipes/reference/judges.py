@@ -7,15 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from common import mixed_precision, place
 from critics import FEATURES, FaceCritic, hinge, look, measure, merit
 from distill import unit
+from torch import nn
 from torch.nn import functional as F
+from train_judge import framed, varied
 
+from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 _ASKED = 4  # faces of a batch that the slow teacher is shown, at every other step
+_NATURAL = 2.0  # log-odds of naturalness that leave nothing to wish
 _WARM_UP = 150  # steps until the critic counts in full: it knows nothing at first
 
 
@@ -28,38 +33,44 @@ class Aims:
         likeness: Weight of the recognizers.
         strange: Cosine to the photo's person that is strange enough.
         known: Cosine that a hidden face is to keep.
+        natural: Weight of the judge of naturalness, where there is one.
     """
 
     adversarial: float = 1.0
     likeness: float = 0.3
     strange: float = 0.0
     known: float = 0.6
+    natural: float = 0.5
 
 
 class Judges:
-    """A critic in training, the frozen recognizer and, where it is given, the recognizer's teacher.
+    """A critic in training, the frozen recognizer and, where they are given, two more.
 
     Args:
         recognizer: The bundle's.
-        mask: Where drawn faces are in crops, [1, 1, S, S].
         device: Where all of them are.
         teacher: TorchScript recognizer of aligned 112-pixel faces, RGB 0 … 255.
+        eye: What learned from grades how natural a face looks (train_judge.py).
         wrap: `torch.compile`, or what leaves functions as they are.
     """
 
     def __init__(
         self,
         recognizer: FaceRecognizer,
-        mask: torch.Tensor,
         device: str,
         *,
         teacher: Path | None = None,
+        eye: FaceJudge | None = None,
         wrap: Callable[[Any], Any] = lambda function: function,
     ) -> None:
         self.critic = place(FaceCritic(), device)
         self._recognizer, self._device = recognizer, device
-        seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
-        self._masks = [*[mask] * 2, *[mask[:, :, seen, seen]] * len(FEATURES)]
+        self._seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
+        self._eye, self._rng = eye, np.random.default_rng(0)
+        if eye is not None:
+            place(eye.fuse().requires_grad_(False), device)
+            for module in eye.modules():  # no two looks alike: what deceives one says little
+                module.train(isinstance(module, nn.Dropout | nn.Dropout2d))
         self._teacher: Any = None
         if teacher is not None:
             self._teacher = torch.jit.load(teacher).eval().to(device)  # type: ignore[no-untyped-call]
@@ -76,6 +87,7 @@ class Judges:
         image: torch.Tensor,
         original: torch.Tensor,
         identities: torch.Tensor,
+        masks: torch.Tensor,
         aims: Aims,
         *,
         hidden: bool,
@@ -90,6 +102,7 @@ class Judges:
             image: Drawn faces in their photos, [B, 3, S, S] in [-1, 1].
             original: The photos, alike.
             identities: Unit embeddings of the photos, [B, E].
+            masks: Where the drawn faces are, [B, 1, S, S].
             aims: What is to be reached.
             hidden: Whether the faces are to stay known.
             step: Number of the training's step.
@@ -104,7 +117,7 @@ class Judges:
         shown = image.detach().requires_grad_()
         with mixed_precision(self._device):
             scores, embedding = self._judged(shown)
-        merits = merit(scores, self._masks)
+        merits = merit(scores, self._over(masks))
         cosine = (embedding * identities).sum(1)
         kind = "hidden " if hidden else ""
         figures = {f"{kind}cosine": cosine.mean(), "score": merits}
@@ -123,16 +136,29 @@ class Judges:
         toward = toward + aims.adversarial * min(1.0, step / _WARM_UP) * unit(gradient)
         (gradient,) = torch.autograd.grad(likeness, shown)
         at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
-        return toward + aims.likeness * at_all * unit(gradient), figures
+        toward = toward + aims.likeness * at_all * unit(gradient)
+        if self._eye is not None and aims.natural:
+            odds = framed(self._eye, varied(shown, self._rng))
+            (gradient,) = torch.autograd.grad(F.relu(_NATURAL - odds).sum(), shown)
+            at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
+            toward = toward + aims.natural * at_all * unit(gradient)
+            figures[f"{kind}natural"] = odds.sigmoid().mean()
+        return toward, figures
 
-    def mistakes(self, real: torch.Tensor, drawn: torch.Tensor) -> torch.Tensor:
-        """The critic's loss on real and drawn faces, both [B, 3, S, S]."""
+    def mistakes(
+        self, real: torch.Tensor, drawn: torch.Tensor, masks: torch.Tensor
+    ) -> torch.Tensor:
+        """The critic's loss on real and drawn faces, both [B, 3, S, S], within [B, 1, S, S]."""
         faces = torch.cat([real, drawn.detach()])
         with torch.no_grad(), mixed_precision(self._device):
             features, _ = self._see(self._recognizer, faces)
         with mixed_precision(self._device):
             verdicts = [score.chunk(2) for score in self._scored(faces, features)]
-        return hinge([r for r, _ in verdicts], [d for _, d in verdicts], self._masks)
+        return hinge([r for r, _ in verdicts], [d for _, d in verdicts], self._over(masks))
+
+    def _over(self, masks: torch.Tensor) -> list[torch.Tensor]:
+        """For every score map of the critic, the part of the masks that it looked at."""
+        return [*[masks] * 2, *[masks[:, :, self._seen, self._seen]] * len(FEATURES)]
 
     def _judge(self, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
         features, embedding = look(self._recognizer, image)

@@ -97,6 +97,20 @@ def load_graded(work: Path, file: Path) -> Graded:
     )
 
 
+def new_judge(work: Path) -> FaceJudge:
+    """A judge that knows what the recognizer's lower layers know, and no more."""
+    judge = FaceJudge()
+    judge.begin_with(load_recognizer(work).fuse())
+    return judge
+
+
+def load_judge(work: Path) -> FaceJudge:
+    """The judge that training left."""
+    judge = new_judge(work)
+    judge.load_state_dict(load_weights(work / "judge.pt"))
+    return judge
+
+
 def varied(faces: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """The framing [B, 3, 112, 112] of crops, some mirrored, moved a little, brighter or darker."""
     x = faces.float()
@@ -137,8 +151,7 @@ def main() -> None:
     args = parser.parse_args()
 
     graded = load_graded(args.work, args.grades)
-    judge = FaceJudge()
-    judge.begin_with(load_recognizer(args.work).fuse())
+    judge = new_judge(args.work)
     average = Average(judge, 0.99)
     trunk = list(judge.trunk.parameters())
     rest = [p for name, p in judge.named_parameters() if not name.startswith("trunk.")]

@@ -11,6 +11,7 @@ photo:
 * a critic on pixels and on the frozen recognizer's features tells such faces from real ones, so
   that features are sharp and fit the head around them;
 * the recognizer must not take the face for the photo's person, but must if it is hidden;
+* an eye that learned from grades (train_judge.py's `judge.pt`, where it is) must find it natural;
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
@@ -23,6 +24,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +34,8 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
+    CENTER,
+    CROP,
     Average,
     Clock,
     Run,
@@ -54,12 +58,15 @@ from distill import unit
 from guided_samples import Faces, Sampler
 from judges import Aims, Judges
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
+from train_judge import load_judge
 
 from diffveil.bundle import Bundle
+from diffveil.detectors import CenterFace
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.plans import Plan
 from diffveil.presets import preset
 from diffveil_export.models.low_rank import load_low_rank, low_rank_parameters
+from diffveil_export.reference.judge import FaceJudge
 
 
 def arguments() -> argparse.Namespace:
@@ -70,6 +77,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adversarial", type=float, default=1.0, help="weight of the critic")
     parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
     parser.add_argument("--repel", type=float, default=0.3, help="weight of the recognizers")
+    parser.add_argument("--natural", type=float, default=0.5, help="weight of judge.pt")
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
     parser.add_argument("--hide", type=float, default=0.3, help="share of batches that are hidden")
@@ -78,10 +86,52 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+class Finder:
+    """Landmarks in the crops of training faces, detected when they are first asked for.
+
+    Args:
+        faces: Training faces, uint8 [N, H, W, 3].
+        offsets: Where each is cut, plain and mirrored, int [N, 2, 2].
+    """
+
+    def __init__(self, faces: np.ndarray, offsets: np.ndarray) -> None:
+        self._faces, self._offsets = faces, offsets
+        self._detector = CenterFace.load()
+        self._known: dict[int, np.ndarray | None] = {}
+
+    def landmarks(self, row: int, flip: int) -> np.ndarray | None:
+        """[5, 2] in the crop of a row, mirrored or not; None where no face is found."""
+        if row not in self._known:
+            self._known[row] = self.of(np.asarray(self._faces[row]))
+        found = self._known[row]
+        if found is None:
+            return None
+        inner: np.ndarray = found - (CENTER + self._offsets[row, flip])[::-1]
+        if flip:  # the crop is cut, then mirrored: left and right change places
+            inner = inner[[1, 0, 2, 4, 3]]
+            inner[:, 0] = CROP - 1 - inner[:, 0]
+        return inner
+
+    def of(self, pixels: np.ndarray) -> np.ndarray | None:
+        """[5, 2] in a picture, uint8 [H, W, 3], of the face nearest to its middle."""
+        found = self._detector.detect(pixels)
+        middle = np.array(pixels.shape[1::-1]) / 2
+        near = [float(np.hypot(*(f.landmarks[:3].mean(0) - middle))) for f in found]
+        return found[int(np.argmin(near))].landmarks if found else None
+
+
+def load_eye(work: Path) -> FaceJudge | None:
+    """The judge that train_judge.py left; None where there is none."""
+    if (work / "judge.pt").exists():
+        return load_judge(work)
+    print(f"no judge.pt in {work}: nobody asks whether faces look natural", flush=True)
+    return None
+
+
 def main() -> None:
     args = arguments()
     device = args.device
-    aims = Aims(args.adversarial, args.repel, args.margin, args.known)
+    aims = Aims(args.adversarial, args.repel, args.margin, args.known, args.natural)
 
     def wrap(function: Any) -> Any:
         return torch.compile(function, dynamic=False) if args.compile else function
@@ -104,7 +154,9 @@ def main() -> None:
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.997)
     sampler = Sampler(ordinary, Programs(Bundle.load(args.bundle), ONNXRuntimeCPU()), device)
-    judges = Judges(recognizer, sampler.pixel_mask, device, teacher=args.teacher, wrap=wrap)
+    eye = load_eye(args.work)
+    judges = Judges(recognizer, device, teacher=args.teacher, eye=eye, wrap=wrap)
+    find = Finder(data, offsets)
     settings: Any = {"betas": (0.0, 0.99), "weight_decay": 1e-3}
     optimizer = torch.optim.AdamW(factors, **settings)
     critic_optimizer = torch.optim.AdamW(judges.critic.parameters(), **settings)
@@ -127,14 +179,18 @@ def main() -> None:
     tables = [plan.table(sampler.schedule) for plan in plans]
     moved, still, decode = wrap(student), wrap(ordinary.unet), wrap(vae.decode)
     probe = held_out(args.work, 29, 14).to(device)
+    looked = [find.of(((face + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()) for face in probe]
 
-    def faces_of(image: torch.Tensor, latent: torch.Tensor, plan: Plan) -> Faces:
+    def faces_of(
+        image: torch.Tensor, latent: torch.Tensor, plan: Plan, landmarks: list[np.ndarray | None]
+    ) -> Faces:
         with torch.no_grad(), mixed_precision(device):
             tokens = ordinary.conditioner.embed(image).float()
             _, identities = look(recognizer, image)
         apart = plan.guidance.mode == "repel"
         surrogates = sampler.surrogates(tokens, identities, apart=apart)
-        return Faces(image, latent, tokens, identities, surrogates)
+        masks = sampler.masks(landmarks)
+        return Faces(image, latent, tokens, identities, surrogates, *masks)
 
     def save() -> None:
         run_.save()
@@ -143,12 +199,12 @@ def main() -> None:
         with torch.no_grad():
             clean = vae.encode(probe)
             for plan, table in zip(plans, tables, strict=True):
-                faces = faces_of(probe, clean, plan)
+                faces = faces_of(probe, clean, plan, looked)
                 guidance = sampler.guidance(faces, plan)
                 for unet in (before, average.network):
                     same = np.random.default_rng(0)
                     x = sampler.until(unet, faces, plan, table, guidance, len(table.steps), same)
-                    rows.append(sampler.pasted(vae.decode, probe, faces.latent, x))
+                    rows.append(sampler.pasted(vae.decode, faces, x))
         save_sheet(args.work / f"stranger-{run_.step:06d}.png", rows)
 
     figures: dict[str, list[float]] = {}
@@ -161,7 +217,8 @@ def main() -> None:
         mine, others = order[: args.batch], order[args.batch :]
         which = int(rng.choice(len(plans), p=shares))
         plan, table = plans[which], tables[which]
-        faces = faces_of(images[mine], both[mine], plan)
+        landmarks = [find.landmarks(int(rows[i]), int(flips[i])) for i in mine]
+        faces = faces_of(images[mine], both[mine], plan, landmarks)
         stop = int(rng.integers(len(table.steps)))
         if rng.random() < 0.25:  # what is seen in the end
             stop = len(table.steps) - 1
@@ -175,10 +232,16 @@ def main() -> None:
         latent = (predicted.detach() + sampler.nudge(guidance, step, predicted)).requires_grad_()
 
         with mixed_precision(device):
-            image = sampler.pasted(decode, faces.image, faces.latent, latent)
+            image = sampler.pasted(decode, faces, latent)
         hidden = plan.guidance.mode == "attract"
         toward, reached = judges.wish(
-            image, faces.image, faces.identities, aims, hidden=hidden, step=run_.step
+            image,
+            faces.image,
+            faces.identities,
+            faces.mask,
+            aims,
+            hidden=hidden,
+            step=run_.step,
         )
         (gradient,) = torch.autograd.grad((image * toward).sum(), latent)
         strength = toward.square().mean((1, 2, 3), keepdim=True).sqrt()
@@ -189,8 +252,9 @@ def main() -> None:
         average.update(student, run_.step)
 
         with torch.no_grad(), mixed_precision(device):
-            real = sampler.pasted(decode, images[others], both[others], both[others])
-        loss = judges.mistakes(real, image)
+            theirs = replace(faces, image=images[others], latent=both[others])
+            real = sampler.pasted(decode, theirs, theirs.latent)
+        loss = judges.mistakes(real, image, faces.mask)
         backward(loss, critic_optimizer, judges.critic)
 
         run_.step += 1
@@ -200,7 +264,7 @@ def main() -> None:
         if run_.step % 25 == 0:
             run_.log(**{k: float(np.mean(v)) for k, v in figures.items()}, minutes=clock.spent / 60)
             figures.clear()
-        if run_.step % 200 == 0:
+        if run_.step % 100 == 0:
             save()
     save()
 

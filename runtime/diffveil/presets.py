@@ -111,7 +111,7 @@ def _drawn(plan: Plan, *, steps: int, strength: float = 0.9, guidance: Guidance)
         surrogate=0.5 if repel else 1.0,
         background_below=600,
         accept=0.05 if repel else 0.65,
-        natural=_NATURAL,
+        natural=0.55 if repel else 0.5,  # most first draws have as much
         redraws=3 if repel else 2,
         match_tones=True,
         steps=steps,
@@ -119,9 +119,6 @@ def _drawn(plan: Plan, *, steps: int, strength: float = 0.9, guidance: Guidance)
         guidance=guidance,
         otherwise=few,
     )
-
-
-_NATURAL = 0.4  # four in five first draws have as much; asking for more costs more draws
 
 
 def _repel(weight: float) -> Guidance:

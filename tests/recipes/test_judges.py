@@ -13,8 +13,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"
 from critics import look
 from judges import Aims, Judges
 
+from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
 
+EVERYWHERE = torch.ones(1, 1, 128, 128)
 ALONE = {"adversarial": 0.0, "likeness": 1.0}  # the recognizer's wish, and the light's
 
 
@@ -31,7 +33,7 @@ def recognizer() -> FaceRecognizer:
 @pytest.fixture(scope="module")
 def judges(recognizer: FaceRecognizer) -> Judges:
     torch.manual_seed(1)
-    judges = Judges(recognizer, torch.ones(1, 1, 128, 128), "cpu")
+    judges = Judges(recognizer, "cpu")
     judges.measure(0.3 * torch.randn(8, 3, 128, 128))
     return judges
 
@@ -48,9 +50,15 @@ def test_a_recognizer_wants_strangers_stranger_and_hidden_faces_known(
     image = original + 0.2 * torch.randn_like(original)
     _, known = look(recognizer, original)
     aims = Aims(strange=-1.0, known=1.0, **ALONE)
-    wish, figures = judges.wish(image, original, known, aims, hidden=hidden, step=500)
+    wish, figures = judges.wish(image, original, known, EVERYWHERE, aims, hidden=hidden, step=500)
     light, _ = judges.wish(
-        image, original, known, Aims(likeness=0.0, adversarial=0.0), hidden=hidden, step=500
+        image,
+        original,
+        known,
+        EVERYWHERE,
+        Aims(likeness=0.0, adversarial=0.0),
+        hidden=hidden,
+        step=500,
     )
     wish = wish - light
     size = wish.square().mean((1, 2, 3)).sqrt()
@@ -68,9 +76,11 @@ def test_faces_that_are_as_they_should_be_are_left_alone(
     original = 0.3 * torch.randn(2, 3, 128, 128)
     _, known = look(recognizer, original)
     for aims, hidden in ((Aims(strange=2.0, **ALONE), False), (Aims(known=-2.0, **ALONE), True)):
-        wish, _ = judges.wish(original, original, known, aims, hidden=hidden, step=500)
+        wish, _ = judges.wish(original, original, known, EVERYWHERE, aims, hidden=hidden, step=500)
         assert not wish.any()
-    darker, _ = judges.wish(original - 0.1, original, known, aims, hidden=True, step=500)
+    darker, _ = judges.wish(
+        original - 0.1, original, known, EVERYWHERE, aims, hidden=True, step=500
+    )
     torch.testing.assert_close(darker, torch.full_like(darker, -0.3), rtol=1e-4, atol=0)
 
 
@@ -83,7 +93,7 @@ def test_the_critic_learns_and_its_wish_is_what_deceives_it(
     optimizer = torch.optim.Adam(judges.critic.parameters(), 2e-3)
     losses = []
     for _ in range(12):
-        loss = judges.mistakes(real, drawn)
+        loss = judges.mistakes(real, drawn, EVERYWHERE)
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
@@ -91,8 +101,43 @@ def test_the_critic_learns_and_its_wish_is_what_deceives_it(
     assert losses[-1] < 0.8 * losses[0]
     _, known = look(recognizer, real)
     aims = Aims(likeness=0.0)
-    none, _ = judges.wish(drawn, drawn, known, aims, hidden=False, step=0)
+    none, _ = judges.wish(drawn, drawn, known, EVERYWHERE, aims, hidden=False, step=0)
     assert not none.any()
-    wish, before = judges.wish(drawn, drawn, known, aims, hidden=False, step=500)
-    _, after = judges.wish(drawn - 0.05 * wish, drawn, known, aims, hidden=False, step=500)
+    wish, before = judges.wish(drawn, drawn, known, EVERYWHERE, aims, hidden=False, step=500)
+    _, after = judges.wish(
+        drawn - 0.05 * wish, drawn, known, EVERYWHERE, aims, hidden=False, step=500
+    )
     assert after["score"] > before["score"]
+
+
+def test_the_critic_learns_only_where_masks_show_a_face(judges: Judges) -> None:
+    real, drawn = 0.3 * torch.randn(2, 2, 3, 128, 128)
+    masks = torch.zeros(2, 1, 128, 128)
+    masks[0, :, 30:100, 20:90] = 1
+    other = torch.stack([drawn[0], real[0]])
+
+    def change(where: torch.Tensor) -> float:
+        loss, same = (float(judges.mistakes(real, d, where).detach()) for d in (drawn, other))
+        return abs(loss - same)
+
+    assert change(masks) < 0.1 * change(EVERYWHERE)  # the critic's norms move a little by being run
+
+
+def test_an_eye_wants_faces_more_natural_and_leaves_natural_ones_alone(
+    recognizer: FaceRecognizer,
+) -> None:
+    torch.manual_seed(3)
+    eye = FaceJudge()
+    judges = Judges(recognizer, "cpu", eye=eye)
+    original = 0.3 * torch.randn(3, 3, 128, 128)
+    _, known = look(recognizer, original)
+    aims = Aims(adversarial=0.0, likeness=0.0, natural=0.7)
+    wish, figures = judges.wish(original, original, known, EVERYWHERE, aims, hidden=True, step=9)
+    assert 0 < figures["hidden natural"] < 1
+    torch.testing.assert_close(wish.square().mean((1, 2, 3)).sqrt(), torch.full((3,), 0.7))
+    sure = eye.eval().logits  # without what it drops at random while it teaches
+    assert (sure(original - 0.02 * wish) > sure(original)).all()
+    with torch.no_grad():
+        eye.head.bias += 1000
+    wish, _ = judges.wish(original, original, known, EVERYWHERE, aims, hidden=True, step=9)
+    assert not wish.any()
