@@ -1,0 +1,61 @@
+"""Where train_stranger.py takes the face to be: landmarks follow the crop, mirrored or not."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
+import train_stranger
+from train_diffusion import crop
+
+from diffveil.detectors import CenterFace
+
+SWAPPED = [1, 0, 2, 4, 3]  # a mirrored face's left eye is the right one's mirror image
+
+
+class Marks:
+    """A detector of pictures in which the five landmarks are the pixels of values 50, 100 … 250."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    def detect(self, pixels: np.ndarray) -> list[Any]:
+        self.asked += 1
+        found = marks(pixels[..., 0])
+        if np.isnan(found).any():
+            return []
+        far = SimpleNamespace(landmarks=found * 0)  # somebody at the border
+        return [far, SimpleNamespace(landmarks=found)]
+
+
+def marks(plane: np.ndarray) -> np.ndarray:
+    places = [np.argwhere(plane == value) for value in (50, 100, 150, 200, 250)]
+    return np.array([p[0][::-1] if len(p) else (np.nan, np.nan) for p in places], np.float64)
+
+
+@pytest.mark.parametrize("flip", [0, 1])
+def test_landmarks_lie_where_the_crop_shows_them(
+    monkeypatch: pytest.MonkeyPatch, flip: int
+) -> None:
+    rng = np.random.default_rng()
+    detector = Marks()
+    monkeypatch.setattr(CenterFace, "load", lambda: detector)
+    faces = np.zeros((2, 160, 160, 3), np.uint8)
+    for value, place in zip((50, 100, 150, 200, 250), rng.permutation(60)[:5], strict=True):
+        faces[0, 50 + place, 50 + rng.integers(60)] = value
+    offsets = rng.integers(-6, 7, (2, 2, 2))
+    find = train_stranger.Finder(faces, offsets)
+    landmarks = find.landmarks(0, flip)
+    assert landmarks is not None
+    shown = crop(faces, np.array([0]), np.array([flip]), offsets)[0, 0].numpy()
+    expected = marks(np.rint((shown + 1) * 127.5))
+    np.testing.assert_array_equal(landmarks, expected[SWAPPED] if flip else expected)
+    assert find.landmarks(1, flip) is None
+    find.landmarks(0, 1 - flip)
+    assert detector.asked == 2  # one look a face
