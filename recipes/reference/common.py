@@ -7,7 +7,7 @@ import copy
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -17,6 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from diffveil.faces import Face
 from diffveil_export.models.low_rank import low_rank_state
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.recognizer import FaceRecognizer
@@ -51,6 +52,11 @@ def load_faces(work: Path) -> np.ndarray:
     """Training faces, uint8 [N, 160, 160, 3] RGB, memory-mapped."""
     faces: np.ndarray = np.load(work / "train.npy", mmap_mode="r")
     return faces
+
+
+def nearest_face(faces: Sequence[Face], middle: np.ndarray) -> Face:
+    """Of detected faces the one whose eyes and nose are nearest to a point [2], (x, y)."""
+    return min(faces, key=lambda f: float(np.hypot(*(f.landmarks[:3].mean(0) - middle))))
 
 
 def load_weights(file: Path) -> dict[str, torch.Tensor]:

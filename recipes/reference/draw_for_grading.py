@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import load_faces
+from common import load_faces, nearest_face
 
 from diffveil.bundle import Bundle
 from diffveil.cli.progress import ProgressBar
@@ -81,7 +81,7 @@ def cut_faces(faces: np.ndarray, rows: Iterator[int], bundle: Bundle) -> Iterato
         found = detector.detect(photo.pixels)
         if not found:
             continue
-        one = min(found, key=lambda f: float(np.hypot(*(f.landmarks[:3].mean(0) - middle))))
+        one = nearest_face(found, middle)
         scene = Scene.cut(photo, [one], bundle.template, bundle.image_size)
         crop = scene.crops[0].transpose(2, 0, 1).astype(np.float32) / 127.5 - 1
         yield row, crop, scene.landmarks[0]

@@ -43,6 +43,13 @@ class Aims:
     natural: float = 0.5
 
 
+def _uphill(loss: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
+    """The loss's gradient [B, 3, S, S], of unit size a face; zero where a face has none."""
+    (gradient,) = torch.autograd.grad(loss, image)
+    at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
+    return at_all * unit(gradient)
+
+
 class Judges:
     """A critic in training, the frozen recognizer and, where they are given, two more.
 
@@ -134,14 +141,11 @@ class Judges:
         toward = F.interpolate(lit, scale_factor=16, mode="bilinear") * 3
         (gradient,) = torch.autograd.grad(-merits, shown, retain_graph=True)
         toward = toward + aims.adversarial * min(1.0, step / _WARM_UP) * unit(gradient)
-        (gradient,) = torch.autograd.grad(likeness, shown)
-        at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
-        toward = toward + aims.likeness * at_all * unit(gradient)
+        toward = toward + aims.likeness * _uphill(likeness, shown)
         if self._eye is not None and aims.natural:
             odds = framed(self._eye, varied(shown, self._rng))
-            (gradient,) = torch.autograd.grad(F.relu(_NATURAL - odds).sum(), shown)
-            at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
-            toward = toward + aims.natural * at_all * unit(gradient)
+            unnatural = F.relu(_NATURAL - odds).sum()
+            toward = toward + aims.natural * _uphill(unnatural, shown)
             figures[f"{kind}natural"] = odds.sigmoid().mean()
         return toward, figures
 

@@ -48,6 +48,7 @@ from common import (
     load_recognizer,
     load_weights,
     mixed_precision,
+    nearest_face,
     place,
     save_change,
     save_sheet,
@@ -116,8 +117,7 @@ class Finder:
         """[5, 2] in a picture, uint8 [H, W, 3], of the face nearest to its middle."""
         found = self._detector.detect(pixels)
         middle = np.array(pixels.shape[1::-1]) / 2
-        near = [float(np.hypot(*(f.landmarks[:3].mean(0) - middle))) for f in found]
-        return found[int(np.argmin(near))].landmarks if found else None
+        return nearest_face(found, middle).landmarks if found else None
 
 
 def load_eye(work: Path) -> FaceJudge | None:
