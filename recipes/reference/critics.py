@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from distill import unit
 from torch import nn
@@ -70,6 +71,23 @@ class FaceCritic(nn.Module):
         """Score maps, each [B, 1, h, w]."""
         scores, _ = self.pixels(image)
         return [*scores, *(head(f) for head, f in zip(self.heads, features, strict=True))]
+
+
+def regard(template: np.ndarray, size: int) -> torch.Tensor:
+    """How much more people look at one place of an aligned face than at another, [1, 1, S, S].
+
+    Four times as much at eyes, nose and mouth as at cheeks and forehead.
+
+    Args:
+        template: Where eyes, tip of the nose and corners of the mouth lie, [5, 2] (x, y).
+        size: Side of the face in pixels.
+    """
+    spots = np.concatenate([template, template[3:].mean(0, keepdims=True)])
+    width = 0.3 * np.hypot(*(template[1] - template[0]))
+    y, x = np.mgrid[:size, :size]
+    distance = np.stack([np.hypot(x - spot[0], y - spot[1]) for spot in spots]).min(0)
+    weight = 1 + 3 * np.exp(-((distance / width) ** 2))
+    return torch.from_numpy(weight).float()[None, None]
 
 
 def look(

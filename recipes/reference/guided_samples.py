@@ -47,6 +47,7 @@ class Sampler:
     def __init__(self, network: Diffusion, programs: Programs, device: str) -> None:
         self._network, self._programs, self._device = network, programs, device
         self.schedule = programs.bundle.manifest.schedule
+        self.template = programs.bundle.template
         self._collection = Surrogates.load(programs.bundle)
 
     def masks(self, landmarks: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,6 +58,7 @@ class Judges:
         device: Where all of them are.
         teacher: TorchScript recognizer of aligned 112-pixel faces, RGB 0 … 255.
         eye: What learned from grades how natural a face looks (train_judge.py).
+        regard: How much each place of a face counts for the critic, [1, 1, S, S].
         wrap: `torch.compile`, or what leaves functions as they are.
     """
 
@@ -68,11 +69,14 @@ class Judges:
         *,
         teacher: Path | None = None,
         eye: FaceJudge | None = None,
+        regard: torch.Tensor | None = None,
         wrap: Callable[[Any], Any] = lambda function: function,
     ) -> None:
         self.critic = place(FaceCritic(), device)
         self._recognizer, self._device = recognizer, device
         self._seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
+        self._regard = torch.ones(1) if regard is None else regard
+        self._regard = self._regard.to(device)
         self._eye, self._rng = eye, np.random.default_rng(0)
         if eye is not None:
             place(eye.fuse().requires_grad_(False), device)
@@ -161,7 +165,8 @@ class Judges:
         return hinge([r for r, _ in verdicts], [d for _, d in verdicts], self._over(masks))
 
     def _over(self, masks: torch.Tensor) -> list[torch.Tensor]:
-        """For every score map of the critic, the part of the masks that it looked at."""
+        """For every score map of the critic, how much what it looked at counts."""
+        masks = masks * self._regard
         return [*[masks] * 2, *[masks[:, :, self._seen, self._seen]] * len(FEATURES)]
 
     def _judge(self, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:

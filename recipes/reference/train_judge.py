@@ -20,6 +20,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -111,6 +112,26 @@ def load_judge(work: Path) -> FaceJudge:
     return judge
 
 
+@torch.no_grad()
+def settle(judge: FaceJudge, faces: torch.Tensor) -> None:
+    """Let batch normalisations normalise what faces [B, 3, 128, 128] bring; grades stay.
+
+    In one that was taken out of a bundle they do nothing but add, and training would start anew.
+    """
+    x = judge.trunk(faces.float()[:, :, _FRAME, _FRAME])
+    layers: list[Any] = [layer for layer in judge.body if hasattr(layer, "norm")]
+    for layer in layers:
+        norm, x = layer.norm, layer.conv(x)
+        variance, mean = torch.var_mean(x, (0, 2, 3))
+        gain = norm.weight / (norm.running_var + norm.eps).sqrt()
+        norm.bias.add_(gain * (mean - norm.running_mean))
+        norm.weight.copy_(gain * (variance + norm.eps).sqrt())
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(variance)
+        settled = (norm.running_mean, norm.running_var, norm.weight, norm.bias)
+        x = F.silu(F.batch_norm(x, *settled, eps=norm.eps))
+
+
 def varied(faces: torch.Tensor, rng: np.random.Generator) -> torch.Tensor:
     """The framing [B, 3, 112, 112] of crops, some mirrored, moved a little, brighter or darker."""
     x = faces.float()
@@ -160,6 +181,9 @@ def main() -> None:
     parts = {"network": judge, "average": average.network, "optimizer": optimizer}
     run = Run(args.work / "judge.ckpt", parts, Clock(args.minutes, args.rate))
     rng = np.random.default_rng(time.time_ns())
+    if run.step == 0 and (args.work / "judge.pt").exists():
+        for network in (judge, average.network):
+            settle(network, graded.faces[:128])
     held = graded.held_out & (not args.all)
     print(f"{(~held).sum()} graded faces to train on, {held.sum()} held out", flush=True)
 

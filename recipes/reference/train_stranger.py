@@ -34,7 +34,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from common import (
-    CENTER,
     CROP,
     Average,
     Clock,
@@ -48,21 +47,20 @@ from common import (
     load_recognizer,
     load_weights,
     mixed_precision,
-    nearest_face,
     place,
     save_change,
     save_sheet,
     training_arguments,
 )
-from critics import look
+from critics import look, regard
 from distill import unit
 from guided_samples import Faces, Sampler
 from judges import Aims, Judges
+from landmarks import Finder
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 from train_judge import load_judge
 
 from diffveil.bundle import Bundle
-from diffveil.detectors import CenterFace
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.plans import Plan
 from diffveil.presets import preset
@@ -85,39 +83,6 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer to please as well")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     return parser.parse_args()
-
-
-class Finder:
-    """Landmarks in the crops of training faces, detected when they are first asked for.
-
-    Args:
-        faces: Training faces, uint8 [N, H, W, 3].
-        offsets: Where each is cut, plain and mirrored, int [N, 2, 2].
-    """
-
-    def __init__(self, faces: np.ndarray, offsets: np.ndarray) -> None:
-        self._faces, self._offsets = faces, offsets
-        self._detector = CenterFace.load()
-        self._known: dict[int, np.ndarray | None] = {}
-
-    def landmarks(self, row: int, flip: int) -> np.ndarray | None:
-        """[5, 2] in the crop of a row, mirrored or not; None where no face is found."""
-        if row not in self._known:
-            self._known[row] = self.of(np.asarray(self._faces[row]))
-        found = self._known[row]
-        if found is None:
-            return None
-        inner: np.ndarray = found - (CENTER + self._offsets[row, flip])[::-1]
-        if flip:  # the crop is cut, then mirrored: left and right change places
-            inner = inner[[1, 0, 2, 4, 3]]
-            inner[:, 0] = CROP - 1 - inner[:, 0]
-        return inner
-
-    def of(self, pixels: np.ndarray) -> np.ndarray | None:
-        """[5, 2] in a picture, uint8 [H, W, 3], of the face nearest to its middle."""
-        found = self._detector.detect(pixels)
-        middle = np.array(pixels.shape[1::-1]) / 2
-        return nearest_face(found, middle).landmarks if found else None
 
 
 def load_eye(work: Path) -> FaceJudge | None:
@@ -155,7 +120,8 @@ def main() -> None:
     average = Average(student, 0.997)
     sampler = Sampler(ordinary, Programs(Bundle.load(args.bundle), ONNXRuntimeCPU()), device)
     eye = load_eye(args.work)
-    judges = Judges(recognizer, device, teacher=args.teacher, eye=eye, wrap=wrap)
+    where = regard(sampler.template, CROP)
+    judges = Judges(recognizer, device, teacher=args.teacher, eye=eye, regard=where, wrap=wrap)
     find = Finder(data, offsets)
     settings: Any = {"betas": (0.0, 0.99), "weight_decay": 1e-3}
     optimizer = torch.optim.AdamW(factors, **settings)

@@ -3,7 +3,8 @@
     python recipes/reference/unpack.py runtime/diffveil/bundles/reference-128 --work .work/reference
 
 For machines that have the repository but not the checkpoints: writes `autoencoder.pt`,
-`diffusion.pt`, `recognizer.pt`, `few.safetensors` and `guide-decoder` where they are missing.
+`diffusion.pt`, `recognizer.pt`, `judge.pt`, `few.safetensors` and `guide-decoder` where they are
+missing.
 Optimizer state is not in a bundle, and weights come back rounded to int8, which the first minutes
 of training repair. Of the few-step change a bundle has the share that shipped: assemble it as it is
 with `--few-scale 1`.
@@ -16,6 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx_ir as ir
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -24,40 +27,73 @@ from common import save_change, save_checkpoint
 
 from diffveil.bundle import Bundle
 from diffveil_export.models.embedded import load_embedded
+from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
+
+State = dict[str, torch.Tensor]
 
 
 def unfused(fused: FaceRecognizer) -> FaceRecognizer:
     """The recognizer with its batch normalisations back, each doing nothing but adding a bias."""
     network = FaceRecognizer(**{k: _tuple(v) for k, v in fused.config.items()})
-    state, target = fused.state_dict(), network.state_dict()
-    for name in target:
-        if name in state:
-            target[name] = state[name]
+    network.load_state_dict(normalised(fused.state_dict(), network.state_dict()))
+    return network
+
+
+def unpacked_judge(bundle: Bundle, recognizer: FaceRecognizer) -> FaceJudge:
+    """The judge that `assess` computes, to be trained; `recognizer` is the bundle's, fused."""
+    graph = ir.load(bundle.program_path("assess")).graph
+    values = {name: value.const_value for name, value in graph.initializers.items()}
+    stored = {name: value.numpy() for name, value in values.items() if value is not None}
+    state = {}
+    for name, array in stored.items():
+        base, _, kind = name.rpartition(".")
+        if kind == "int8":
+            scale = stored[f"{base}.scale"]
+            state[base] = array * scale.reshape(-1, *[1] * (array.ndim - 1))
+        elif kind in ("bias", "weight"):
+            state[name] = array
+        elif kind == "float16":
+            state[base] = array.astype(np.float32)
+        elif name == "softmax":  # of the places, computed at export
+            state["places"] = np.log(np.maximum(array, 1e-12))
+    judge = FaceJudge()
+    judge.begin_with(recognizer)
+    own = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
+    judge.load_state_dict(normalised(own, judge.state_dict()))
+    return judge
+
+
+def normalised(fused: State, target: State) -> State:
+    """`target` with the weights of `fused`; batch normalisations do nothing but add a bias."""
+    state = dict(target)
+    for name, value in target.items():
+        if name in fused:
+            state[name] = fused[name]
             continue
         layer, _, leaf = name.rpartition(".")
         if leaf == "bias":
-            target[name] = state[layer.replace("norm", "conv") + ".bias"]
+            state[name] = fused[layer.replace("norm", "conv") + ".bias"]
         elif leaf == "running_var":
             # BatchNorm divides by √(var + 1e-5): this makes that division by one.
-            target[name] = torch.full_like(target[name], 1 - 1e-5)
+            state[name] = torch.full_like(value, 1 - 1e-5)
         elif leaf == "running_mean":
-            target[name] = torch.zeros_like(target[name])
-    network.load_state_dict(target)
-    return network
+            state[name] = torch.zeros_like(value)
+    return state
 
 
 def _tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--work", type=Path, default=Path(".work/reference"))
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
 
-    modules = load_embedded(Bundle.load(args.bundle)).modules()
+    bundle = Bundle.load(args.bundle)
+    modules = load_embedded(bundle).modules()
     conditioner = modules["embedder"].get_submodule("conditioner").state_dict()
     unet = modules["unet"].get_submodule("unet").state_dict()
     recognizer = modules["recognizer"]
@@ -68,6 +104,8 @@ def main() -> None:
         | {f"unet.{k}": v for k, v in unet.items()},
         "recognizer.pt": unfused(recognizer).state_dict(),
     }
+    if "assess" in bundle.manifest.programs:
+        states["judge.pt"] = unpacked_judge(bundle, recognizer).state_dict()
     for name, state in states.items():
         if (args.work / name).exists():
             print(f"{name} is there already: left alone")

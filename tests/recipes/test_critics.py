@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
-from critics import Standard, hinge, measure, merit, score_head, within
+from critics import Standard, hinge, measure, merit, regard, score_head, within
 
 
 def test_only_scores_where_the_face_is_count() -> None:
@@ -63,3 +63,15 @@ def test_a_critic_learns_what_a_mean_drowns() -> None:
         last = float(loss.detach())
         first = last if step == 0 else first
     assert last < 0.5 * first
+
+
+def test_features_are_regarded_more_than_cheeks() -> None:
+    template = np.array([[38, 50], [73, 50], [56, 70], [41, 91], [70, 91]], np.float64)
+    weight = regard(template, 112)
+    assert weight.shape == (1, 1, 112, 112)
+    assert weight.dtype == torch.float32
+    for x, y in template:
+        assert weight[0, 0, int(y), int(x)] == 4
+    assert weight[0, 0, 91, 56] > 3.9  # the mouth, between its corners
+    assert weight[0, 0, 70, 20] < 1.2  # a cheek
+    assert weight.min() >= 1

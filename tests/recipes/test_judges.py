@@ -141,3 +141,25 @@ def test_an_eye_wants_faces_more_natural_and_leaves_natural_ones_alone(
         eye.head.bias += 1000
     wish, _ = judges.wish(original, original, known, EVERYWHERE, aims, hidden=True, step=9)
     assert not wish.any()
+
+
+def test_the_critic_speaks_where_faces_are_regarded(recognizer: FaceRecognizer) -> None:
+    original = 0.3 * torch.randn(2, 3, 128, 128)
+    image = original + 0.2 * torch.randn_like(original)
+    _, known = look(recognizer, original)
+    aims = Aims(likeness=0.0)
+    upper = torch.zeros(1, 1, 128, 128)
+    upper[:, :, :40] = 1
+    wishes = []
+    for weight in (None, upper):
+        torch.manual_seed(2)
+        judges = Judges(recognizer, "cpu", regard=weight)
+        judges.measure(original)
+        wish, _ = judges.wish(image, original, known, EVERYWHERE, aims, hidden=False, step=500)
+        light, _ = judges.wish(
+            image, original, known, EVERYWHERE, Aims(0.0, 0.0), hidden=False, step=500
+        )
+        wishes.append((wish - light).square().mean((0, 1, 3)))
+    everywhere, above = wishes
+    assert everywhere[90:].mean() > 0.3 * everywhere[:40].mean()
+    assert above[90:].mean() < 0.05 * above[:40].mean()

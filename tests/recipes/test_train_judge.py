@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
 
 from draw_for_grading import rows_to_draw
-from train_judge import area, load_graded
+from train_judge import area, load_graded, settle
+
+from diffveil_export.reference.judge import FaceJudge
 
 FACTS = {"verb": "hide", "preset": "fast", "seed": 3, "drawn_by": "abc"}
 
@@ -88,3 +91,22 @@ def test_the_grades_that_ship_are_grades() -> None:
         assert len(lengths) == 1
         assert set("".join(entry["grades"])) <= set("012.")
         assert set(entry["drawn"]) == set(FACTS)
+
+
+def test_settling_normalises_and_keeps_the_grades() -> None:
+    torch.manual_seed(0)
+    judge = FaceJudge(widths=(8, 12), blocks=(1, 1), width=8).eval()
+    norms = [m for m in judge.body.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+    for norm in norms:  # as a bundle gives them back: adding, not normalising
+        norm.running_var.fill_(1 - norm.eps)
+        torch.nn.init.normal_(norm.bias)
+    faces = torch.rand(24, 3, 128, 128) * 2 - 1
+    with torch.no_grad():
+        before = judge.logits(faces)
+        settle(judge, faces.half())
+        after = judge.logits(faces)
+        for norm in norms:  # as in training: the batch's own statistics
+            norm.train()
+        trained = judge.logits(faces)
+    torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trained, before, rtol=1e-2, atol=1e-2)

@@ -1,4 +1,4 @@
-"""Where train_stranger.py takes the face to be: landmarks follow the crop, mirrored or not."""
+"""Where training takes the face to be: landmarks follow the crop, mirrored or not."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
-import train_stranger
+from landmarks import Finder
 from train_diffusion import crop
 
 from diffveil.detectors import CenterFace
@@ -50,7 +50,7 @@ def test_landmarks_lie_where_the_crop_shows_them(
     for value, place in zip((50, 100, 150, 200, 250), rng.permutation(60)[:5], strict=True):
         faces[0, 50 + place, 50 + rng.integers(60)] = value
     offsets = rng.integers(-6, 7, (2, 2, 2))
-    find = train_stranger.Finder(faces, offsets)
+    find = Finder(faces, offsets)
     landmarks = find.landmarks(0, flip)
     assert landmarks is not None
     shown = crop(faces, np.array([0]), np.array([flip]), offsets)[0, 0].numpy()
