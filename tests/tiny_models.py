@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
 
 from diffveil_export.components import Components
-from diffveil_export.models.reference import assemble
+from diffveil_export.models.low_rank import add_low_rank, low_rank_state
+from diffveil_export.models.reference import apply_few, assemble
 from diffveil_export.reference.autoencoder import FaceAutoencoder
 from diffveil_export.reference.conditioner import Conditioner
 from diffveil_export.reference.recognizer import FaceRecognizer
 
-__all__ = ["randomize", "tiny_components", "tiny_networks"]
+__all__ = ["few_state", "randomize", "tiny_components", "tiny_few_components", "tiny_networks"]
 
 
 def randomize(module: nn.Module, generator: torch.Generator) -> None:
@@ -67,5 +70,30 @@ def tiny_components(seed: int = 0) -> Components:
         unet=unet,
         conditioner=conditioner,
         recognizer=recognizer,
+        licence="none: random weights",
+    )
+
+
+def few_state(unet: nn.Module, seed: int, rank: int = 2) -> dict[str, torch.Tensor]:
+    """Random low-rank changes to a network, about a third of its weights' size."""
+    network = copy.deepcopy(unet)
+    add_low_rank(network, rank)
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        name: torch.randn(value.shape, generator=generator) * value.shape[1] ** -0.5 * 0.5
+        for name, value in low_rank_state(network).items()
+    }
+
+
+def tiny_few_components(seed: int = 5) -> Components:
+    """A model with a few-step change drawn from the seed; the rest is the same for all seeds."""
+    autoencoder, unet, conditioner, recognizer = tiny_networks(3)
+    return assemble(
+        name="tiny-few",
+        autoencoder=autoencoder,
+        unet=unet,
+        conditioner=conditioner,
+        recognizer=recognizer,
+        few=apply_few(unet, few_state(unet, seed)),
         licence="none: random weights",
     )

@@ -54,6 +54,27 @@ def load_faces(work: Path) -> np.ndarray:
     return faces
 
 
+def load_names(work: Path) -> list[str]:
+    """Name of every training face, as `load_faces` has them."""
+    return (work / "train.txt").read_text().splitlines()
+
+
+def in_whole_photos(names: Sequence[str]) -> np.ndarray:
+    """Which faces stand in a whole photo, bool [N]; others are mirrored at their borders."""
+    return np.array([name.startswith("celeba") for name in names])
+
+
+def chances(kind: np.ndarray, share: float) -> np.ndarray:
+    """Probabilities [N] by which a share of what is drawn is of a kind, bool [N].
+
+    Where all or none are of that kind, each is as likely as another.
+    """
+    count = int(kind.sum())
+    if count in (0, len(kind)):
+        return np.full(len(kind), 1 / len(kind))
+    return np.where(kind, share / count, (1 - share) / (len(kind) - count))
+
+
 def nearest_face(faces: Sequence[Face], middle: np.ndarray) -> Face:
     """Of detected faces the one whose eyes and nose are nearest to a point [2], (x, y)."""
     return min(faces, key=lambda f: float(np.hypot(*(f.landmarks[:3].mean(0) - middle))))

@@ -74,13 +74,14 @@ class FaceCritic(nn.Module):
 
 
 def regard(template: np.ndarray, size: int) -> torch.Tensor:
-    """How much more people look at one place of an aligned face than at another, [1, 1, S, S].
-
-    Four times as much at eyes, nose and mouth as at cheeks and forehead.
+    """Weight of each place of an aligned face: 4 at eyes, nose and mouth, 1 far from them.
 
     Args:
-        template: Where eyes, tip of the nose and corners of the mouth lie, [5, 2] (x, y).
+        template: Eyes, tip of the nose and corners of the mouth, [5, 2] (x, y), in pixels.
         size: Side of the face in pixels.
+
+    Returns:
+        float32 [1, 1, size, size].
     """
     spots = np.concatenate([template, template[3:].mean(0, keepdims=True)])
     width = 0.3 * np.hypot(*(template[1] - template[0]))

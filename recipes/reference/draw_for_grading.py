@@ -31,7 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import load_faces, nearest_face
+from common import in_whole_photos, load_faces, load_names, nearest_face
 
 from diffveil.bundle import Bundle
 from diffveil.cli.progress import ProgressBar
@@ -60,7 +60,7 @@ def described(bundle: Bundle, verb: str, name: str, plan: Plan, seed: int) -> di
 
 def rows_to_draw(names: list[str], seed: int) -> Iterator[int]:
     """Rows of the training faces, in an order that the seed gives."""
-    whole = np.array([name.startswith("celeba") for name in names])
+    whole = in_whole_photos(names)
     rng = np.random.default_rng(seed)
     first = rng.random(2 * len(names)) < _CELEBA
     a = iter(rng.permutation(np.flatnonzero(whole)))
@@ -117,7 +117,7 @@ def main() -> None:
     facts = described(bundle, args.verb, args.preset, plan, args.seed)
     (folder / "drawn.json").write_text(json.dumps(facts, indent=1) + "\n")
 
-    names = (args.work / "train.txt").read_text().split()
+    names = load_names(args.work)
     cuts = cut_faces(load_faces(args.work), rows_to_draw(names, args.seed), bundle)
     with ProgressBar("faces") as bar, Programs(bundle, ONNXRuntimeCPU()) as programs:
         operations = FaceOperations(programs)

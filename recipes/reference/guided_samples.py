@@ -53,7 +53,7 @@ class Sampler:
     def masks(self, landmarks: Sequence[np.ndarray | None]) -> tuple[torch.Tensor, torch.Tensor]:
         """Masks [B, 1, S, S] and [B, 1, s, s] of faces with these landmarks; None: not found."""
         bundle = self._programs.bundle
-        size, template = bundle.image_size, bundle.template
+        size, template = bundle.image_size, self.template
         masks = [
             face_mask(size, template) if own is None else fitted_mask(size, template, own)
             for own in landmarks

@@ -40,7 +40,7 @@ class Aims:
     likeness: float = 0.3
     strange: float = 0.0
     known: float = 0.6
-    natural: float = 0.5
+    natural: float = 0.4
 
 
 def _uphill(loss: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
@@ -75,8 +75,7 @@ class Judges:
         self.critic = place(FaceCritic(), device)
         self._recognizer, self._device = recognizer, device
         self._seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
-        self._regard = torch.ones(1) if regard is None else regard
-        self._regard = self._regard.to(device)
+        self._regard = (torch.ones(1) if regard is None else regard).to(device)
         self._eye, self._rng = eye, np.random.default_rng(0)
         if eye is not None:
             place(eye.fuse().requires_grad_(False), device)
@@ -165,7 +164,7 @@ class Judges:
         return hinge([r for r, _ in verdicts], [d for _, d in verdicts], self._over(masks))
 
     def _over(self, masks: torch.Tensor) -> list[torch.Tensor]:
-        """For every score map of the critic, how much what it looked at counts."""
+        """For every score map of the critic, the masks of what it saw, weighed by regard."""
         masks = masks * self._regard
         return [*[masks] * 2, *[masks[:, :, self._seen, self._seen]] * len(FEATURES)]
 

@@ -24,7 +24,7 @@ class Finder:
     def landmarks(self, row: int, flip: int) -> np.ndarray | None:
         """[5, 2] in the crop of a row, mirrored or not; None where no face is found."""
         if row not in self._known:
-            self._known[row] = self.of(np.asarray(self._faces[row]))
+            self._known[row] = self.in_picture(np.asarray(self._faces[row]))
         found = self._known[row]
         if found is None:
             return None
@@ -34,7 +34,7 @@ class Finder:
             inner[:, 0] = CROP - 1 - inner[:, 0]
         return inner
 
-    def of(self, pixels: np.ndarray) -> np.ndarray | None:
+    def in_picture(self, pixels: np.ndarray) -> np.ndarray | None:
         """[5, 2] in a picture, uint8 [H, W, 3], of the face nearest to its middle."""
         found = self._detector.detect(pixels)
         middle = np.array(pixels.shape[1::-1]) / 2

@@ -5,8 +5,8 @@
 After train_stranger.py, assemble.py and `diffveil export`: EXPORTED is the fresh export, BUNDLE has
 what distill-guide, make_surrogates.py and train_judge.py put into it, which does not depend on the
 few-step change and need not be made again. Takes over `denoise_few` with its weights, its golden
-output and the index of the sources; recovery keys of BUNDLE stay valid. Refuses an export whose
-other weights differ.
+output and the index of the sources; recovery keys of BUNDLE stay valid. Refuses an export of
+another model.
 """
 
 from __future__ import annotations
@@ -20,12 +20,14 @@ from pathlib import Path
 from safetensors.numpy import load_file, save_file
 
 from diffveil.bundle import MANIFEST_FILE, Bundle
-from diffveil.golden import GOLDEN_FILE
+from diffveil.engines import ONNXRuntimeCPU
+from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil_export.bundle_writer import copy_bundle, digest, staged_folder, write_json
+from diffveil_export.exporter import FEW_STEPS_FILE
 from diffveil_export.models.embedded import SOURCE_FILE
+from diffveil_export.verify import require_parity
 
 PROGRAM = "denoise_few"
-SHARED, OWN = "weights.bin", "denoise_few.bin"
 
 
 def replace_few(bundle: Bundle, exported: Bundle, target: Path, *, force: bool = False) -> Bundle:
@@ -38,31 +40,32 @@ def replace_few(bundle: Bundle, exported: Bundle, target: Path, *, force: bool =
         force: Replace a bundle that is there.
 
     Raises:
-        SystemExit: The bundles do not share the weights of everything else.
+        SystemExit: The two are not of one model, or one of them has no such change.
+        ParityError: The change does not compute what its golden output says.
     """
     for one in (bundle, exported):
         one.verify(full=True)
-    if bundle.manifest.files[SHARED] != exported.manifest.files[SHARED]:
-        sys.exit(f"'{exported.path}' is an export of another model: {SHARED} differs")
+        if FEW_STEPS_FILE not in one.manifest.files:
+            sys.exit(f"'{one.path}' has no few-step change")
+    if bundle.fingerprint != exported.fingerprint:
+        sys.exit(f"'{exported.path}' is an export of another model: its fingerprint differs")
     with staged_folder(target, force=force) as folder:
         copy_bundle(bundle, folder)
         manifest = json.loads((folder / MANIFEST_FILE).read_text(encoding="utf-8"))
         theirs = json.loads((exported.path / MANIFEST_FILE).read_text(encoding="utf-8"))
         manifest["programs"][PROGRAM] = theirs["programs"][PROGRAM]
-        for name in (f"{PROGRAM}.onnx", OWN, SOURCE_FILE):
+        for name in (f"{PROGRAM}.onnx", FEW_STEPS_FILE, SOURCE_FILE):
             shutil.copyfile(exported.path / name, folder / name)
         golden, fresh = (load_file(b.path / GOLDEN_FILE) for b in (bundle, exported))
-        save_file(
-            golden | {k: v for k, v in fresh.items() if k.startswith(f"outputs.{PROGRAM}.")},
-            folder / GOLDEN_FILE,
-        )
-        for name in (OWN, SOURCE_FILE, GOLDEN_FILE):
+        outputs = {k: v for k, v in fresh.items() if k.startswith(f"outputs.{PROGRAM}.")}
+        save_file(golden | outputs, folder / GOLDEN_FILE)
+        for name in (FEW_STEPS_FILE, SOURCE_FILE, GOLDEN_FILE):
             manifest["files"][name] = digest(folder / name)
         write_json(folder, manifest)
-        Bundle.load(folder).verify(full=True)
-    replaced = Bundle.load(target)
-    assert replaced.fingerprint == bundle.fingerprint
-    return replaced
+        staged = Bundle.load(folder)
+        staged.verify(full=True)
+        require_parity(check_backend(staged, ONNXRuntimeCPU(), programs=[PROGRAM]))
+    return Bundle.load(target)
 
 
 def main() -> None:

@@ -229,7 +229,9 @@ def main() -> None:
     run.save()
     finished = args.work / "judge.pt"
     if args.keep and finished.exists():
-        average.mix(load_weights(finished), args.keep)
+        kept = load_judge(args.work)
+        settle(kept, graded.faces[:128])
+        average.mix(kept.state_dict(), args.keep)
     report()
     save_checkpoint(finished, average.network.state_dict())
     if args.output:

@@ -40,10 +40,13 @@ from common import (
     Run,
     autoencoder_file,
     backward,
+    chances,
     held_out,
+    in_whole_photos,
     load_autoencoder,
     load_change,
     load_faces,
+    load_names,
     load_recognizer,
     load_weights,
     mixed_precision,
@@ -76,10 +79,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adversarial", type=float, default=1.0, help="weight of the critic")
     parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
     parser.add_argument("--repel", type=float, default=0.3, help="weight of the recognizers")
-    parser.add_argument("--natural", type=float, default=0.5, help="weight of judge.pt")
+    parser.add_argument("--natural", type=float, default=0.4, help="weight of judge.pt")
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
-    parser.add_argument("--hide", type=float, default=0.3, help="share of batches that are hidden")
+    parser.add_argument("--hide", type=float, default=0.4, help="share of batches that are hidden")
+    parser.add_argument(
+        "--whole", type=float, default=0.5, help="share of faces that stand in whole photos"
+    )
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer to please as well")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     return parser.parse_args()
@@ -138,14 +144,18 @@ def main() -> None:
     for group in critic_optimizer.param_groups:
         group["pace"] = args.critic_pace
     rng = np.random.default_rng(time.time_ns())
-    some = rng.choice(len(data), 96, replace=False)
+    likely = chances(in_whole_photos(load_names(args.work)), args.whole)
+    some = rng.choice(len(data), 96, replace=False, p=likely)
     judges.measure(crop(data, some, np.zeros(len(some), np.int64), offsets).to(device))
     plans = [preset("fast").anonymize, preset("balanced").anonymize, preset("fast").hide]
     shares = np.array([0.65, 0.35, 0.0]) * (1 - args.hide) + np.array([0.0, 0.0, args.hide])
     tables = [plan.table(sampler.schedule) for plan in plans]
     moved, still, decode = wrap(student), wrap(ordinary.unet), wrap(vae.decode)
     probe = held_out(args.work, 29, 14).to(device)
-    looked = [find.of(((face + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy()) for face in probe]
+    looked = [
+        find.in_picture(((face + 1) * 127.5).byte().permute(1, 2, 0).cpu().numpy())
+        for face in probe
+    ]
 
     def faces_of(
         image: torch.Tensor, latent: torch.Tensor, plan: Plan, landmarks: list[np.ndarray | None]
@@ -175,7 +185,7 @@ def main() -> None:
 
     figures: dict[str, list[float]] = {}
     while run_.begin_step(optimizer, critic_optimizer):
-        rows = np.sort(rng.choice(len(data), 2 * args.batch, replace=False))
+        rows = np.sort(rng.choice(len(data), 2 * args.batch, replace=False, p=likely))
         flips = rng.integers(0, 2, 2 * args.batch)
         images = crop(data, rows, flips, offsets).to(device, memory_format=torch.channels_last)
         both = torch.from_numpy(latents[rows, flips]).float().to(device)

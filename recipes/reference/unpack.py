@@ -3,8 +3,7 @@
     python recipes/reference/unpack.py runtime/diffveil/bundles/reference-128 --work .work/reference
 
 For machines that have the repository but not the checkpoints: writes `autoencoder.pt`,
-`diffusion.pt`, `recognizer.pt`, `judge.pt`, `few.safetensors` and `guide-decoder` where they are
-missing.
+`diffusion.pt`, `recognizer.pt`, `judge.pt`, `few.safetensors`, `guide-decoder` where missing.
 Optimizer state is not in a bundle, and weights come back rounded to int8, which the first minutes
 of training repair. Of the few-step change a bundle has the share that shipped: assemble it as it is
 with `--few-scale 1`.
@@ -13,6 +12,7 @@ with `--few-scale 1`.
 from __future__ import annotations
 
 import argparse
+import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -36,7 +36,7 @@ State = dict[str, torch.Tensor]
 def unfused(fused: FaceRecognizer) -> FaceRecognizer:
     """The recognizer with its batch normalisations back, each doing nothing but adding a bias."""
     network = FaceRecognizer(**{k: _tuple(v) for k, v in fused.config.items()})
-    network.load_state_dict(normalised(fused.state_dict(), network.state_dict()))
+    network.load_state_dict(with_idle_norms(fused.state_dict(), network.state_dict()))
     return network
 
 
@@ -58,27 +58,41 @@ def unpacked_judge(bundle: Bundle, recognizer: FaceRecognizer) -> FaceJudge:
         elif name == "softmax":  # of the places, computed at export
             state["places"] = np.log(np.maximum(array, 1e-12))
     judge = FaceJudge()
-    judge.begin_with(recognizer)
+    judge.begin_with(copy.deepcopy(recognizer))
     own = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
-    judge.load_state_dict(normalised(own, judge.state_dict()))
+    judge.load_state_dict(with_idle_norms(own, judge.state_dict()))
     return judge
 
 
-def normalised(fused: State, target: State) -> State:
-    """`target` with the weights of `fused`; batch normalisations do nothing but add a bias."""
-    state = dict(target)
+def with_idle_norms(fused: State, target: State) -> State:
+    """Weights of a network whose batch normalisations do nothing but add what was fused.
+
+    Args:
+        fused: Weights of the network with every normalisation folded into its convolution.
+        target: State of the network as it is trained: names and shapes.
+
+    Returns:
+        Values for all names of `target`.
+
+    Raises:
+        KeyError: `fused` lacks a weight.
+    """
+    state = {}
     for name, value in target.items():
+        layer, _, leaf = name.rpartition(".")
+        bias = layer.replace("norm", "conv") + ".bias"
         if name in fused:
             state[name] = fused[name]
-            continue
-        layer, _, leaf = name.rpartition(".")
-        if leaf == "bias":
-            state[name] = fused[layer.replace("norm", "conv") + ".bias"]
+        elif "norm" not in layer:
+            raise KeyError(name)
+        elif leaf == "bias":
+            state[name] = fused[bias]
         elif leaf == "running_var":
             # BatchNorm divides by √(var + 1e-5): this makes that division by one.
             state[name] = torch.full_like(value, 1 - 1e-5)
-        elif leaf == "running_mean":
-            state[name] = torch.zeros_like(value)
+        else:
+            idle = torch.ones_like if leaf == "weight" else torch.zeros_like
+            state[name] = idle(value)
     return state
 
 

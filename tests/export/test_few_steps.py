@@ -29,40 +29,18 @@ from diffveil_export.models.low_rank import (
     add_low_rank,
     load_low_rank,
     low_rank_parameters,
-    low_rank_state,
 )
-from diffveil_export.models.reference import apply_few, assemble
 from diffveil_export.models.stable_diffusion import load_stable_diffusion
 from diffveil_export.wrappers import wrap
 from parity import assert_close_to_reference
-from tiny_models import tiny_networks
+from tiny_models import few_state, tiny_few_components, tiny_networks
 
 RANK = 2
 
 
-def few_state(unet: nn.Module, seed: int) -> dict[str, torch.Tensor]:
-    """Random low-rank changes to a network, about a third of its weights' size."""
-    network = copy.deepcopy(unet)
-    add_low_rank(network, RANK)
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.randn(value.shape, generator=generator) * value.shape[1] ** -0.5 * 0.5
-        for name, value in low_rank_state(network).items()
-    }
-
-
 @pytest.fixture(scope="module")
 def components() -> Components:
-    autoencoder, unet, conditioner, recognizer = tiny_networks(3)
-    return assemble(
-        name="tiny-few",
-        autoencoder=autoencoder,
-        unet=unet,
-        conditioner=conditioner,
-        recognizer=recognizer,
-        few=apply_few(unet, few_state(unet, 5)),
-        licence="none: random weights",
-    )
+    return tiny_few_components()
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -74,4 +75,5 @@ def test_features_are_regarded_more_than_cheeks() -> None:
         assert weight[0, 0, int(y), int(x)] == 4
     assert weight[0, 0, 91, 56] > 3.9  # the mouth, between its corners
     assert weight[0, 0, 70, 20] < 1.2  # a cheek
+    assert weight[0, 0, 10, 56] == pytest.approx(1, abs=1e-3)  # the forehead
     assert weight.min() >= 1

@@ -13,6 +13,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
 
+from common import chances
 from draw_for_grading import rows_to_draw
 from train_judge import area, load_graded, settle
 
@@ -110,3 +111,13 @@ def test_settling_normalises_and_keeps_the_grades() -> None:
         trained = judge.logits(faces)
     torch.testing.assert_close(after, before, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(trained, before, rtol=1e-2, atol=1e-2)
+
+
+def test_half_of_what_is_drawn_is_of_a_rare_kind() -> None:
+    kind = np.arange(50) < 5
+    found = chances(kind, 0.5)
+    assert found.sum() == pytest.approx(1)
+    assert found[kind].sum() == pytest.approx(0.5)
+    assert len(set(found[~kind])) == 1
+    for alike in (kind[:5], kind[5:]):
+        np.testing.assert_allclose(chances(alike, 0.5), 1 / len(alike))

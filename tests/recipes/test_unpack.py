@@ -16,6 +16,7 @@ from train_judge import load_judge
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
+from diffveil_export.reference.judge import FaceJudge
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +44,14 @@ def test_files_that_are_there_stay(work: Path, capsys: pytest.CaptureFixture[str
     unpack.main([str(Bundle.load().path), "--work", str(work)])
     assert {f.name: f.read_bytes() for f in work.iterdir() if f.is_file()} == before
     assert "judge.pt is there already" in capsys.readouterr().out
+
+
+def test_a_weight_that_is_missing_is_named() -> None:
+    judge = FaceJudge(widths=(8, 12), blocks=(1, 1), width=8)
+    target = judge.state_dict()
+    fused = judge.fuse().state_dict()
+    judge.load_state_dict(fused)
+    assert unpack.with_idle_norms(fused, target).keys() == target.keys()
+    fused.pop("places")
+    with pytest.raises(KeyError, match="places"):
+        unpack.with_idle_norms(fused, target)
