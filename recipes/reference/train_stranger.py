@@ -15,8 +15,9 @@ photo:
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
-Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-rank weights;
-`stranger-*.png`, held-out faces: photo, then before and now for each plan.
+Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-rank weights, and
+every 500 steps a copy of them; `stranger-*.png`, held-out faces: photo, then before and now for
+each plan.
 """
 
 from __future__ import annotations
@@ -171,6 +172,8 @@ def main() -> None:
     def save() -> None:
         run_.save()
         save_change(finished, average.network)
+        if run_.step % 500 == 0:  # for mix_changes.py
+            save_change(args.work / f"stranger-{run_.step:06d}.safetensors", average.network)
         rows = [probe]
         with torch.no_grad():
             clean = vae.encode(probe)

@@ -125,7 +125,7 @@ def _repel(weight: float) -> Guidance:
     return replace(_REPEL, weight=((-1, weight),), margin=-0.2)
 
 
-_KNOWN = replace(_HIDE.guidance, margin=0.75)  # closer is no better known, and smears
+_KNOWN = replace(_HIDE.guidance, margin=0.85)  # closer smears, farther is less well known
 
 
 _BALANCED = Preset(
