@@ -114,9 +114,14 @@ def load_change(file: Path, share: float = 1.0) -> dict[str, torch.Tensor]:
 
 
 def save_change(file: Path, network: nn.Module) -> None:
-    """Write a network's low-rank change so that a killed run leaves the previous one whole."""
+    """Write a network's low-rank change, as `write_change` does."""
+    write_change(file, low_rank_state(network))
+
+
+def write_change(file: Path, change: dict[str, torch.Tensor]) -> None:
+    """Write a low-rank change so that a killed run leaves the previous one whole."""
     partial = file.with_suffix(".partial")
-    save_file({k: v.contiguous() for k, v in low_rank_state(network).items()}, partial)
+    save_file({k: v.contiguous() for k, v in change.items()}, partial)
     os.replace(partial, file)
 
 

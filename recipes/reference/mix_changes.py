@@ -10,12 +10,13 @@ near each other: stages of one run.
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).parent))
+from common import load_change, write_change
 
 
 def mean_change(changes: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -35,10 +36,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("changes", type=Path, nargs="+")
     parser.add_argument("-o", "--output", type=Path, required=True, help="file to write")
     args = parser.parse_args(argv)
-    mean = mean_change([load_file(file) for file in args.changes])
-    partial = args.output.with_suffix(".partial")
-    save_file(mean, partial)
-    os.replace(partial, args.output)
+    write_change(args.output, mean_change([load_change(file) for file in args.changes]))
     print(f"wrote {args.output}: the mean of {len(args.changes)}")
 
 

@@ -27,6 +27,7 @@ from common import save_change, save_checkpoint
 
 from diffveil.bundle import Bundle
 from diffveil_export.models.embedded import load_embedded
+from diffveil_export.passes.fold_weights import FoldWeights
 from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
 
@@ -42,21 +43,14 @@ def unfused(fused: FaceRecognizer) -> FaceRecognizer:
 
 def unpacked_judge(bundle: Bundle, recognizer: FaceRecognizer) -> FaceJudge:
     """The judge that `assess` computes, to be trained; `recognizer` is the bundle's, fused."""
-    graph = ir.load(bundle.program_path("assess")).graph
-    values = {name: value.const_value for name, value in graph.initializers.items()}
-    stored = {name: value.numpy() for name, value in values.items() if value is not None}
+    model = ir.load(bundle.program_path("assess"))
+    FoldWeights()(model)
     state = {}
-    for name, array in stored.items():
-        base, _, kind = name.rpartition(".")
-        if kind == "int8":
-            scale = stored[f"{base}.scale"]
-            state[base] = array * scale.reshape(-1, *[1] * (array.ndim - 1))
-        elif kind in ("bias", "weight"):
-            state[name] = array
-        elif kind == "float16":
-            state[base] = array.astype(np.float32)
-        elif name == "softmax":  # of the places, computed at export
-            state["places"] = np.log(np.maximum(array, 1e-12))
+    for name, value in model.graph.initializers.items():
+        if value.const_value is not None:
+            state[name.removesuffix(".f32.folded")] = value.const_value.numpy()
+    # The exporter computed the places' softmax.
+    state["places"] = np.log(np.maximum(state["softmax"], 1e-12))
     judge = FaceJudge()
     judge.begin_with(copy.deepcopy(recognizer))
     own = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}

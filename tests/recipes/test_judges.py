@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -42,6 +43,23 @@ def cosines(recognizer: FaceRecognizer, image: torch.Tensor, known: torch.Tensor
     return (look(recognizer, image)[1] * known).sum(1)
 
 
+def wish_beyond_light(
+    judges: Judges,
+    image: torch.Tensor,
+    original: torch.Tensor,
+    known: torch.Tensor,
+    aims: Aims,
+    *,
+    hidden: bool,
+) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """What is wished besides the photo's light, and the figures."""
+    settings: Any = {"hidden": hidden, "step": 500}
+    nothing = Aims(likeness=0.0, adversarial=0.0)
+    wish, figures = judges.wish(image, original, known, EVERYWHERE, aims, **settings)
+    light, _ = judges.wish(image, original, known, EVERYWHERE, nothing, **settings)
+    return wish - light, figures
+
+
 @pytest.mark.parametrize("hidden", [False, True])
 def test_a_recognizer_wants_strangers_stranger_and_hidden_faces_known(
     judges: Judges, recognizer: FaceRecognizer, hidden: bool
@@ -50,17 +68,7 @@ def test_a_recognizer_wants_strangers_stranger_and_hidden_faces_known(
     image = original + 0.2 * torch.randn_like(original)
     _, known = look(recognizer, original)
     aims = Aims(strange=-1.0, known=1.0, **ALONE)
-    wish, figures = judges.wish(image, original, known, EVERYWHERE, aims, hidden=hidden, step=500)
-    light, _ = judges.wish(
-        image,
-        original,
-        known,
-        EVERYWHERE,
-        Aims(likeness=0.0, adversarial=0.0),
-        hidden=hidden,
-        step=500,
-    )
-    wish = wish - light
+    wish, figures = wish_beyond_light(judges, image, original, known, aims, hidden=hidden)
     size = wish.square().mean((1, 2, 3)).sqrt()
     torch.testing.assert_close(size, torch.ones(3), rtol=1e-3, atol=0)
     before = cosines(recognizer, image, known)
@@ -155,11 +163,8 @@ def test_the_critic_speaks_where_faces_are_regarded(recognizer: FaceRecognizer) 
         torch.manual_seed(2)
         judges = Judges(recognizer, "cpu", regard=weight)
         judges.measure(original)
-        wish, _ = judges.wish(image, original, known, EVERYWHERE, aims, hidden=False, step=500)
-        light, _ = judges.wish(
-            image, original, known, EVERYWHERE, Aims(0.0, 0.0), hidden=False, step=500
-        )
-        wishes.append((wish - light).square().mean((0, 1, 3)))
+        wish, _ = wish_beyond_light(judges, image, original, known, aims, hidden=False)
+        wishes.append(wish.square().mean((0, 1, 3)))
     everywhere, above = wishes
     assert everywhere[90:].mean() > 0.3 * everywhere[:40].mean()
     assert above[90:].mean() < 0.05 * above[:40].mean()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from diffveil.golden import check_backend
 from diffveil_export.exporter import export_bundle
 from diffveil_export.judge import add_judge
 from diffveil_export.models.embedded import load_embedded
-from diffveil_export.reference.judge import FaceJudge
+from judged_bundles import digests, judge_for
 from tiny_models import tiny_few_components
 
 CHANGED = {
@@ -36,14 +35,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
     """One that a program has joined, and a fresh export with another change."""
     folder = tmp_path_factory.mktemp("few")
     old, new = (export_bundle(tiny_few_components(s), folder / str(s)).bundle for s in (5, 6))
-    torch.manual_seed(0)
-    size = old.image_size
-    judge = FaceJudge(margin=0, size=size, widths=(8, 12), blocks=(1, 1), width=8).fuse()
-    return add_judge(old, judge, folder / "judged"), new
-
-
-def digests(folder: Path) -> dict[str, str]:
-    return {f.name: hashlib.sha256(f.read_bytes()).hexdigest() for f in folder.iterdir()}
+    return add_judge(old, judge_for(old).fuse(), folder / "judged"), new
 
 
 def denoised(bundle: Bundle, seed: int) -> dict[str, np.ndarray]:
