@@ -37,13 +37,14 @@ _CHANGING = ("timestep", "conditioning", "coefficients", "background", "mask")
 
 
 def plan_of(steps: int) -> Plan:
-    """The fast plan of anonymize with one gradient a step, in that many steps.
+    """The fast plan of anonymize with one latent gradient at every step, in that many steps.
 
     Raises:
         ValueError: It cannot make that number of steps.
     """
     fast = PRESETS["fast"].anonymize
-    plan = replace(fast, guidance=replace(fast.guidance, repeats=1))
+    every = replace(fast.guidance, repeats=1, window=(0, 1000), through="latent")
+    plan = replace(fast, guidance=every)
     for asked in range(steps, 1000):
         plan = replace(plan, steps=asked)
         if len(plan.table(NoiseSchedule()).steps) == steps:

@@ -105,7 +105,7 @@ def choices(
                 yield Choice(f"{family} {evaluations}", family, operation, plan)
         for spacing in ("karras", "ays"):
             yield Choice(spacing, "spacing", operation, replace(base, spacing=spacing))
-        guided = base.guidance
+        guided = replace(base.guidance, window=(0, 1000))
         once = replace(guided, through="pixels", repeats=1)
         ways = {
             "full gradient": once,

@@ -40,7 +40,7 @@ class Sampler:
 
     Args:
         network: The frozen model, for its conditioner.
-        programs: Programs of the bundle whose `guide_latent` steers, with its surrogates.
+        programs: Programs of the bundle whose guide steers, with its surrogates.
         device: Where the networks are.
     """
 

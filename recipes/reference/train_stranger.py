@@ -3,7 +3,7 @@
     python recipes/reference/train_stranger.py --work .work/reference --minutes 60 --compile
 
 Needs `autoencoder.pt`, `diffusion.pt`, `recognizer.pt`, the `latents.npy` that train_diffusion.py
-leaves, and a bundle with surrogates (make_surrogates.py) whose `guide_latent` steers the samples as
+leaves, and a bundle with surrogates (make_surrogates.py) whose guide steers the samples as
 anonymize will. Goes on from `few.safetensors` (distill.py). A batch is sampled as anonymize or hide
 samples it, up to a step chosen at random; there the predicted clean face is judged, pasted into its
 photo:

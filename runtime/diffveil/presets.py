@@ -58,7 +58,7 @@ _PAPER = Preset(
 # gradient of unit size a step, scaled with the noise that is left to absorb it, through the latent
 # recognizer. The photo's own conditioning is for the first steps, pose and light: held on to for
 # longer, it brings some of the person back. hide must arrive at one identity exactly: it takes the
-# full gradient, twice a step.
+# full gradient, several times a step.
 _REPEL = Guidance(
     weight=((-1, 0.12),),
     normalise="rms",
@@ -110,8 +110,8 @@ def _drawn(plan: Plan, *, steps: int, strength: float = 0.9, guidance: Guidance)
         few,
         surrogate=0.5 if repel else 1.0,
         background_below=600,
-        accept=0.05 if repel else 0.65,
-        natural=0.55 if repel else 0.5,  # most first draws have as much
+        accept=0.0 if repel else 0.65,
+        natural=0.55 if repel else 0.6,  # most first draws have as much
         redraws=3 if repel else 2,
         match_tones=True,
         steps=steps,
@@ -121,16 +121,19 @@ def _drawn(plan: Plan, *, steps: int, strength: float = 0.9, guidance: Guidance)
     )
 
 
-def _repel(weight: float) -> Guidance:
-    return replace(_REPEL, weight=((-1, weight),), margin=-0.2)
-
-
-_KNOWN = replace(_HIDE.guidance, margin=0.85)  # closer smears, farther is less well known
+# What early steps are pushed to, later ones undo. In the last ones the full gradient, which knows
+# where to push, leads a face as far with less than the latent recognizer's needs; pushed beyond
+# nobody, it would become the person's opposite, which tells as much.
+_LATE = (0, 550)
+_AWAY = replace(_REPEL, weight=((-1, 0.06),), window=_LATE, margin=0.0, through="pixels")
+# Many small pushes go where few large ones go, and smear less on the way. A margin any closer
+# smears, any farther is less well known.
+_KNOWN = replace(_HIDE.guidance, weight=((-1, 0.06),), window=_LATE, repeats=3, margin=0.85)
 
 
 _BALANCED = Preset(
     name="balanced",
-    anonymize=_drawn(_ANONYMIZE, steps=12, guidance=_repel(0.1)),
+    anonymize=_drawn(_ANONYMIZE, steps=12, guidance=_AWAY),
     hide=_drawn(_HIDE, steps=14, guidance=_KNOWN),
     recovery=Inversion(sampler="o-belm", steps=8),
 )
@@ -139,7 +142,7 @@ _QUICKER = replace(_ANONYMIZE, steps=7, guidance=replace(_REPEL, weight=((-1, 0.
 _QUICKER_HIDE = replace(_HIDE, steps=8, strength=0.8)
 _FAST = Preset(
     name="fast",
-    anonymize=_drawn(_QUICKER, steps=8, guidance=_repel(0.12)),
+    anonymize=_drawn(_QUICKER, steps=6, guidance=_AWAY),
     hide=_drawn(_QUICKER_HIDE, steps=8, strength=0.8, guidance=_KNOWN),
     recovery=Inversion(sampler="o-belm", steps=8),
 )

@@ -202,7 +202,9 @@ def test_other_files_are_named_as_such(tmp_path: Path) -> None:
         read_pickled_tensors(big)
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(data=st.data())
 def test_damaged_files_give_the_documented_error(tmp_path: Path, data: st.DataObject) -> None:
     stream = io.BytesIO()
