@@ -37,14 +37,16 @@ _CHANGING = ("timestep", "conditioning", "coefficients", "background", "mask")
 
 
 def plan_of(steps: int) -> Plan:
-    """The fast plan of anonymize with one latent gradient at every step, in that many steps.
+    """The fast plan of anonymize with one gradient at every step, in that many steps.
+
+    Through the latent recognizer where a bundle has one, as `step` is fused; for every face.
 
     Raises:
         ValueError: It cannot make that number of steps.
     """
     fast = PRESETS["fast"].anonymize
-    every = replace(fast.guidance, repeats=1, window=(0, 1000), through="latent")
-    plan = replace(fast, guidance=every)
+    guidance = replace(fast.guidance, repeats=1, window=(0, 1000), through="latent", margin=None)
+    plan = replace(fast, guidance=guidance)
     for asked in range(steps, 1000):
         plan = replace(plan, steps=asked)
         if len(plan.table(NoiseSchedule()).steps) == steps:
@@ -112,7 +114,10 @@ class LoopCase:
         self._x = add_noise(schedule, batch.latents, noise, self._table.start_timestep)
         above = plan.conditional_above
         timesteps = self._table.timesteps
-        self._denoise = Denoiser(programs, batch.tokens, timesteps, conditional_above=above)
+        distilled = programs.can("denoise_few")  # as `step` is fused
+        self._denoise = Denoiser(
+            programs, batch.tokens, timesteps, conditional_above=above, distilled=distilled
+        )
         self._guidance = IdentityGuidance(programs, plan.guidance, batch.identities)
         self._background = Background(schedule, plan, batch.latents, noise, batch.masks)
         self._feed = self._unrolled_inputs()

@@ -36,7 +36,7 @@ __all__ = ["EXCLUDED", "GpuRun", "TimeIsUp", "present_gpu"]
 
 EXCLUDED = "loading, photos and files: calls on prepared crops, from host memory to host memory"
 
-INCLUDED = "guidance of all faces at every step, as if none became strange, or known, enough"
+INCLUDED = "guidance of all faces at every guided step, as if none became strange, or known, enough"
 
 
 class TimeIsUp(Exception):

@@ -36,7 +36,7 @@ from benchmarks._cpu_loops import LoopCase, plan_of, unrolled
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.programs import ALL_PROGRAMS
-from diffveil_export.step import StepGraphs, fuse_step
+from diffveil_export.step import StepGraphs, fuse_step, guide_of
 from diffveil_export.verify import random_inputs
 
 _BATCHES = (1, 8)
@@ -195,9 +195,7 @@ def measure_programs(programs: Programs) -> list[Record]:
 def measure_options(bundle: Bundle, threads: int, seconds: float) -> list[Record]:
     """Session options on the programs that take most of the time, one face."""
     rows = []
-    for name in ("denoise", "decode", "guide_latent"):
-        if name not in bundle.manifest.programs:
-            continue
+    for name in ("denoise", "decode", guide_of(bundle)):
         feed = _feed(bundle, name, 1)
         engines = {way: backend.load(bundle, name) for way, backend in option_ways(threads).items()}
         ways = {way: partial(engine.run, **feed) for way, engine in engines.items()}

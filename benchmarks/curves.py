@@ -77,6 +77,7 @@ def choices(
     guides: Iterable[str] = (),
     *,
     has_surrogates: bool = True,
+    has_latent: bool = True,
 ) -> Iterator[Choice]:
     """Presets first, then one thing varied at a time about the default preset.
 
@@ -85,6 +86,7 @@ def choices(
         has_few: Whether the bundle has `denoise_few`: no distilled sampler without.
         guides: Names of further bundles whose `guide` to try.
         has_surrogates: Whether the bundle has surrogates.
+        has_latent: Whether the bundle has `guide_latent`.
     """
     for name, preset in PRESETS.items():
         for operation in _OPERATIONS:
@@ -107,17 +109,24 @@ def choices(
             yield Choice(spacing, "spacing", operation, replace(base, spacing=spacing))
         guided = replace(base.guidance, window=(0, 1000))
         once = replace(guided, through="pixels", repeats=1)
+        # Knowing less well where to push, the latent recognizer must push harder and farther.
+        latent = replace(guided, through="latent", repeats=1, weight=((-1, 0.12),))
+        if guided.mode == "repel":
+            latent = replace(latent, margin=-0.2)
         ways = {
+            "as the preset": base.guidance,
             "full gradient": once,
             "full gradient ×2": replace(once, repeats=2),
-            "latent": replace(guided, through="latent", repeats=1),
-            "latent ×4": replace(guided, through="latent", repeats=4),
+            "latent": latent,
+            "latent ×4": replace(latent, repeats=4),
             "full, every 2nd": replace(once, every=2),
             "full, every 2nd reused": replace(once, every=2, reuse=True),
             "full, below 500": replace(once, window=(0, 500)),
             "none": replace(guided, weight=((-1, 0.0),)),
         }
         for name, guidance in ways.items():
+            if guidance.through == "latent" and not has_latent:
+                continue
             yield Choice(name, "guidance", operation, replace(base, guidance=guidance))
         for guide in guides:
             for repeats in (1, 2):
@@ -334,8 +343,15 @@ def main(argv: list[str] | None = None) -> int:
         "paper_in_pytorch": bench.beside_the_oracle(protector.bundle),
         "points": [],
     }
-    has = protector.programs.can("denoise_few"), protector.bundle.has_surrogates
-    for choice in choices(args.presets_only, has[0], guides, has_surrogates=has[1]):
+    can = protector.programs.can
+    has = can("denoise_few"), protector.bundle.has_surrogates
+    for choice in choices(
+        args.presets_only,
+        has[0],
+        guides,
+        has_surrogates=has[1],
+        has_latent=can("guide_latent"),
+    ):
         # One face in a hundred matters for anonymize, and the published hide takes minutes.
         thorough = choice.family in ("presets", "guidance") and choice.operation == "anonymize"
         faces = len(crops) if thorough else args.sweep_faces

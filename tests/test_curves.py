@@ -42,6 +42,16 @@ def test_another_bundles_guide_is_asked_in_full() -> None:
     assert all(c.plan.guidance.through == "pixels" for c in asked)
 
 
+def test_the_latent_recognizer_is_asked_where_there_is_one() -> None:
+    for has_latent in (True, False):
+        through = {
+            c.plan.guidance.through
+            for c in choices(brief=False, has_latent=has_latent)
+            if c.family == "guidance"
+        }
+        assert through == ({"pixels", "latent"} if has_latent else {"pixels"})
+
+
 def test_brief_means_the_presets() -> None:
     assert len(list(choices(brief=True))) == 2 * len(PRESETS)
 

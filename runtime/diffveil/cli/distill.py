@@ -22,8 +22,9 @@ examples:
 
 Guidance is most of the time of anonymize and hide, because its gradient goes through the decoder.
 A recognizer that reads latents needs no decoder. It is trained here to see what the bundle's own
-recognizer sees, and joins the bundle as the program guide_latent, which fast presets then use.
-Recovery keys of the bundle stay valid. Measure protection afterwards: benchmarks.quality does.
+recognizer sees, and joins the bundle as the program guide_latent. Plans with through="latent" then
+use it: of the presets fast and balanced when they anonymize with bundles that have no denoise_few
+or no surrogates. Recovery keys stay valid. Measure protection afterwards: benchmarks.quality does.
 """
 
 
