@@ -84,7 +84,7 @@ def can_run_fused(programs: Programs, plan: Plan, table: SamplerTable) -> bool:
     }
     return (
         wanted <= set(programs.bundle.program("step").parts)
-        and guidance.repeats == 1
+        and guidance.repeats == guidance.sibling_repeats == 1
         and not (guidance.reuse and guidance.every > 1)
         and not table.needs_pair
         and all(step.g != 0.0 for step in table.steps)

@@ -78,7 +78,7 @@ class IdentityGuidance:
         active = np.ones(len(x0) // self._variants, dtype=np.bool_)
         # What the step will subtract from the next latent moves its clean part by g/α.
         reach = step.g / self._schedule.signal(step.next_timestep)
-        for repeat in range(self._guidance.repeats):
+        for repeat in range(self.repeats):
             faces = np.flatnonzero(active)
             rows = (faces[:, None] * self._variants + np.arange(self._variants)).reshape(-1)
             for part in chunks(len(rows), self._max_batch, self._variants):
@@ -116,7 +116,8 @@ class IdentityGuidance:
     @property
     def repeats(self) -> int:
         """Gradients a step."""
-        return self._guidance.repeats
+        siblings = self._variants > 1 and self._guidance.mode == "repel"
+        return max(self._guidance.repeats, self._guidance.sibling_repeats if siblings else 1)
 
     @property
     def variants(self) -> int:

@@ -69,6 +69,8 @@ class Guidance:
             recognizer distilled onto latents (``"latent"``), where the bundle has one.
         repeats: Gradients a step, each taken where the one before has led. Faces that are beyond
             the margin take part no longer.
+        sibling_repeats: At least so many where several variants of a face repel each other: what
+            leads a face away from its photo does not lead variants apart.
 
     Raises:
         OptionError: Attributes are out of range; the message names all that are.
@@ -84,6 +86,7 @@ class Guidance:
     reuse: bool = False
     through: Literal["pixels", "latent"] = "pixels"
     repeats: int = 1
+    sibling_repeats: int = 1
 
     def __post_init__(self) -> None:
         problems = []
@@ -109,6 +112,10 @@ class Guidance:
             problems.append(f"through is {self.through!r}, expected 'pixels' or 'latent'")
         if not 1 <= self.repeats <= _MOST_REPEATS:
             problems.append(f"repeats is {self.repeats}, expected 1 to {_MOST_REPEATS}")
+        if not 1 <= self.sibling_repeats <= _MOST_REPEATS:
+            problems.append(
+                f"sibling_repeats is {self.sibling_repeats}, expected 1 to {_MOST_REPEATS}"
+            )
         _report("guidance", problems)
 
     def weight_at(self, index: int, timestep: int, noise_level: float) -> float:

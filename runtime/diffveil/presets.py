@@ -125,7 +125,14 @@ def _drawn(plan: Plan, *, steps: int, strength: float = 0.9, guidance: Guidance)
 # where to push, leads a face as far with less than the latent recognizer's needs; pushed beyond
 # nobody, it would become the person's opposite, which tells as much.
 _LATE = (0, 550)
-_AWAY = replace(_REPEL, weight=((-1, 0.06),), window=_LATE, margin=0.0, through="pixels")
+_AWAY = replace(
+    _REPEL,
+    weight=((-1, 0.06),),
+    window=_LATE,
+    margin=0.0,
+    through="pixels",
+    sibling_repeats=3,  # else variants of a face are one person to most eyes
+)
 # Many small pushes go where few large ones go, and smear less on the way. A margin any closer
 # smears, any farther is less well known.
 _KNOWN = replace(_HIDE.guidance, weight=((-1, 0.06),), window=_LATE, repeats=3, margin=0.85)

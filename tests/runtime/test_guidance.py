@@ -9,6 +9,7 @@ import pytest
 from numpy.typing import NDArray
 
 from diffveil.engines import Programs
+from diffveil.errors import OptionError
 from diffveil.guidance import IdentityGuidance
 from diffveil.plans import Guidance
 from diffveil.samplers import ddim
@@ -216,6 +217,27 @@ def test_repeats_are_gradients_along_the_way(programs: Programs, identities: F32
     second = once(x0 - reach * first, guided)
     twice = IdentityGuidance(programs, replace(PAPER, repeats=2), identities, variants=2)
     np.testing.assert_allclose(twice(x0, guided), first + second, rtol=1e-5, atol=1e-6)
+
+
+def test_variants_are_asked_more_often_and_single_faces_are_not(
+    programs: Programs, backend: FakeBackend, identities: F32, x0: F32
+) -> None:
+    guided = replace(STEP, g=0.3)
+    asked = replace(PAPER, sibling_repeats=2)
+    alone = IdentityGuidance(programs, asked, identities)(x0[:3], guided)
+    assert len(backend.inputs("guide")) == 1
+    np.testing.assert_array_equal(
+        alone, IdentityGuidance(programs, PAPER, identities)(x0[:3], guided)
+    )
+    together = IdentityGuidance(programs, asked, identities, variants=2)
+    twice = IdentityGuidance(programs, replace(PAPER, repeats=2), identities, variants=2)
+    assert together.repeats == twice.repeats == 2
+    np.testing.assert_array_equal(together(x0, guided), twice(x0, guided))
+    # Who attracts has no siblings that repel.
+    towards = replace(asked, mode="attract")
+    assert IdentityGuidance(programs, towards, identities, variants=2).repeats == 1
+    with pytest.raises(OptionError, match="sibling_repeats is 0"):
+        replace(PAPER, sibling_repeats=0)
 
 
 def test_faces_that_are_safe_are_not_asked_again(
