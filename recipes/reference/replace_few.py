@@ -3,10 +3,9 @@
     python recipes/reference/replace_few.py BUNDLE EXPORTED -o BUNDLE --force
 
 After train_stranger.py, assemble.py and `diffveil export`: EXPORTED is the fresh export, BUNDLE has
-what make_surrogates.py and train_judge.py put into it, which does not depend on the
-few-step change and need not be made again. Takes over `denoise_few` with its weights, its golden
-output and the index of the sources; recovery keys of BUNDLE stay valid. Refuses an export of
-another model.
+what make_surrogates.py and train_judge.py put into it, which does not depend on the few-step change
+and need not be made again. Takes over `denoise_few` with its weights, its golden output and the
+index of the sources; recovery keys of BUNDLE stay valid. Refuses an export of another model.
 """
 
 from __future__ import annotations

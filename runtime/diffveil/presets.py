@@ -131,7 +131,7 @@ _AWAY = replace(
     window=_LATE,
     margin=0.0,
     through="pixels",
-    sibling_repeats=3,  # else variants of a face are one person to most eyes
+    sibling_repeats=3,  # else gentle guidance leaves variants of a face more alike
 )
 # Many small pushes go where few large ones go, and smear less on the way. A margin any closer
 # smears, any farther is less well known.
