@@ -9,20 +9,24 @@ import torch
 
 from diffveil.bundle import Bundle
 from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.recognizer import FaceRecognizer
 
 __all__ = ["digests", "judge_for"]
 
 
-def judge_for(bundle: Bundle, seed: int = 0) -> FaceJudge:
-    """A small one with random weights, batch statistics included."""
+def judge_for(bundle: Bundle, seed: int = 0, recognizer: FaceRecognizer | None = None) -> FaceJudge:
+    """A small one with random weights, batch statistics included, fused; or of a recognizer."""
     torch.manual_seed(seed)
-    size = bundle.image_size
-    judge = FaceJudge(margin=0, size=size, widths=(8, 12), blocks=(1, 1), width=8)
-    for name, buffer in judge.named_buffers():
-        if buffer.is_floating_point():
-            values = torch.rand_like(buffer) if "var" in name else torch.randn_like(buffer)
-            buffer.copy_(values + 0.5)
-    return judge
+    if recognizer is None:
+        recognizer = FaceRecognizer(0, bundle.image_size, (8, 12, 16), (1, 1, 1), 5).eval()
+        for name, buffer in recognizer.named_buffers():
+            if buffer.is_floating_point():
+                values = torch.rand_like(buffer) if "var" in name else torch.randn_like(buffer)
+                buffer.copy_(values + 0.5)
+        recognizer.fuse()
+    judge = FaceJudge(recognizer)
+    judge.heads.measure(judge.features(torch.rand(8, 3, bundle.image_size, bundle.image_size)))
+    return judge.fuse()
 
 
 def digests(folder: Path) -> dict[str, str]:

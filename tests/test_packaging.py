@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = {"diffveil", "diffveil_export", "diffveil_kernels"}
-MAX_PACKAGE_DATA = 47_000_000  # bytes; denoise_few 3.1, judge 2.1, surrogates 1.4 MB
+MAX_PACKAGE_DATA = 40_000_000  # bytes
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", type=Path, required=True, metavar="BUNDLE")
     parser.add_argument(
         "--weights",
-        choices=("int8", "float16", "float32"),
-        help="how weights are stored when arithmetic is float32 (default: int8); with 16-bit "
-        "arithmetic they are stored as they are computed with",
+        choices=("int4", "int8", "float16", "float32"),
+        help="how weights are stored when arithmetic is float32 (default: int8); int4 is for the "
+        "large weights of the UNet, the others are int8 then; with 16-bit arithmetic they are "
+        "stored as they are computed with",
     )
     parser.add_argument(
         "--precision",

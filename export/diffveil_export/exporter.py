@@ -26,7 +26,7 @@ from diffveil_export.components import Components
 from diffveil_export.cost import program_cost
 from diffveil_export.golden import compute_golden, is_large
 from diffveil_export.gradient import trace_gradient
-from diffveil_export.lower import BFLOAT16_OPSET, OPSET, lower
+from diffveil_export.lower import BFLOAT16_OPSET, INT4_OPSET, OPSET, lower
 from diffveil_export.models.embedded import write_source
 from diffveil_export.passes.fold_weights import FoldWeights
 from diffveil_export.passes.widen_bfloat16 import WidenBFloat16
@@ -83,8 +83,9 @@ def export_bundle(
     Args:
         components: The model, in float32. Its weights are rounded in place to `weights`.
         target: Folder to create.
-        weights: How weights are stored. By default int8 for float32 arithmetic; with 16-bit
-            arithmetic they are stored as they are computed with, and nothing else is allowed.
+        weights: How weights are stored. By default int8 for float32 arithmetic; int4 is for the
+            UNet's, the others are int8 then; with 16-bit arithmetic they are stored as they are
+            computed with, and nothing else is allowed.
         precision: Type of the arithmetic; see `diffveil_export.precision`.
         force: Replace a bundle that is already there.
         progress: Told, in words, what begins.
@@ -96,8 +97,8 @@ def export_bundle(
     storage = choose_storage(weights, precision)
     say = progress or _log.info
     with staged_folder(Path(target), force=force) as folder:
-        for module in components.modules().values():
-            round_weights(module, storage)
+        for name, module in components.modules().items():
+            round_weights(module, _storage_of(name, storage))
         constants = {"unconditional": components.unconditional.contiguous()}
         (folder / CONSTANTS_FILE).write_bytes(save(constants))
 
@@ -112,7 +113,7 @@ def export_bundle(
             say(f"exporting {spec.name}")
             scaled = spec.name == "guide" and precision == "float16"
             scale = golden.loss_scale if scaled else None
-            model = _lower(components, spec, precision, scale)
+            model = _lower(components, spec, precision, scale, _opset(storage, precision))
             if precision != "float32":
                 FoldWeights()(model)
             cost = program_cost(model)
@@ -149,6 +150,16 @@ def export_bundle(
     return ExportResult(Bundle.load(target), rows)
 
 
+def _storage_of(network: str, storage: WeightStorage) -> WeightStorage:
+    """How one of the networks is rounded: four bits are for the denoiser alone.
+
+    What it predicts is off by more than rounding changes; pictures and embeddings are not.
+    """
+    if storage == "int4" and network not in ("unet", "few"):
+        return "int8"
+    return storage
+
+
 def choose_storage(weights: WeightStorage | None, precision: Precision) -> WeightStorage:
     """How the networks' weights are rounded before anything is exported.
 
@@ -173,12 +184,21 @@ def choose_storage(weights: WeightStorage | None, precision: Precision) -> Weigh
     return "float16" if precision == "float16" else "float32"
 
 
+def _opset(storage: WeightStorage, precision: Precision) -> int:
+    if precision == "bfloat16":
+        return BFLOAT16_OPSET
+    return INT4_OPSET if storage == "int4" else OPSET
+
+
 def _lower(
-    components: Components, spec: ProgramSpec, precision: Precision, loss_scale: float | None
+    components: Components,
+    spec: ProgramSpec,
+    precision: Precision,
+    loss_scale: float | None,
+    opset: int,
 ) -> ir.Model:
     generator = torch.Generator().manual_seed(_EXAMPLE_SEED)
     inputs = random_inputs(spec, components.dimensions, 2, generator)
-    opset = BFLOAT16_OPSET if precision == "bfloat16" else OPSET
     if spec.name == "guide":
         batch = tuple(
             tuple(i for i, axis in enumerate(t.axes) if axis in DYNAMIC_AXES) for t in spec.inputs

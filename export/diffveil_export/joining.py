@@ -12,16 +12,47 @@ from torch import nn
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
+from diffveil.errors import OptionError
 from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil.programs import Dimensions, ProgramSpec
 from diffveil_export.bundle_writer import ProgramFacts, enter_program
-from diffveil_export.storage import DataFile, WeightStorage, shrink_initializers
+from diffveil_export.lower import INT4_OPSET, OPSET
+from diffveil_export.storage import (
+    DataFile,
+    StoredWeights,
+    WeightStorage,
+    round_weights,
+    shrink_initializers,
+)
 from diffveil_export.verify import check_program, require_parity
 
-__all__ = ["enter_checked", "save_with_weights"]
+__all__ = ["enter_checked", "opset_of", "round_joined", "save_with_weights"]
 
 
-def save_with_weights(model: ir.Model, file: Path, data: str, weights: WeightStorage) -> None:
+def opset_of(bundle: Bundle) -> int:
+    """ONNX operator set for what joins a bundle: its denoiser's, with which it may be fused."""
+    denoiser = ir.load(bundle.program_path("denoise"))
+    return INT4_OPSET if denoiser.opset_imports[""] == INT4_OPSET else OPSET
+
+
+def round_joined(module: nn.Module, weights: WeightStorage) -> None:
+    """Round a network that joins a bundle, in place, as `round_weights` does.
+
+    Raises:
+        OptionError: Four bits are asked for, or a weight cannot be stored.
+    """
+    if weights == "int4":
+        raise OptionError("weights: received 'int4', which is for the weights of a denoiser alone")
+    round_weights(module, weights)
+
+
+def save_with_weights(
+    model: ir.Model,
+    file: Path,
+    data: str,
+    weights: WeightStorage,
+    shared: StoredWeights | None = None,
+) -> tuple[str, ...]:
     """Write a program, and its weights into a file of its own beside it.
 
     Args:
@@ -29,12 +60,19 @@ def save_with_weights(model: ir.Model, file: Path, data: str, weights: WeightSto
         file: The program's.
         data: Name of the weights' file.
         weights: How they are stored; they have been rounded to it.
+        shared: A file beside it whose weights need not be written again.
+
+    Returns:
+        Names of the files that hold its weights.
     """
     shrink_initializers(model, weights)
-    store = DataFile(file.with_name(data))
-    store.absorb(model)
+    store = DataFile(file.with_name(data), shared)
+    names = store.absorb(model)
     ir.save(model, file)
     store.close()
+    if not store.path.stat().st_size:
+        store.path.unlink()
+    return names
 
 
 def enter_checked(

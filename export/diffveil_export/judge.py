@@ -13,10 +13,11 @@ from diffveil.golden import GOLDEN_FILE
 from diffveil.programs import ALL_PROGRAMS
 from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, staged_folder
 from diffveil_export.cost import program_cost
+from diffveil_export.exporter import WEIGHTS_FILE
 from diffveil_export.golden import golden_outputs
-from diffveil_export.joining import enter_checked, save_with_weights
+from diffveil_export.joining import enter_checked, opset_of, round_joined, save_with_weights
 from diffveil_export.lower import lower
-from diffveil_export.storage import WeightStorage, round_weights
+from diffveil_export.storage import StoredWeights, WeightStorage
 from diffveil_export.verify import random_inputs
 
 __all__ = ["add_judge"]
@@ -43,7 +44,8 @@ def add_judge(
     Args:
         bundle: Any bundle; one that has the program gets it replaced.
         judge: Images [B, 3, S, S] in [-1, 1], S the bundle's image size, to naturalness [B], 0 … 1.
-            Its weights are rounded in place.
+            Its weights are rounded in place; those that it has in common with `recognize` are not
+            stored again.
         target: Folder to create; the bundle's own with `force`.
         origin: What the judge was trained on; joins the bundle's provenance.
         weights: How the program's weights are stored.
@@ -56,20 +58,21 @@ def add_judge(
     d = bundle.dimensions
     bundle.verify(full=True)
     judge = judge.eval().requires_grad_(False)
-    round_weights(judge, weights)
+    round_joined(judge, weights)
     with staged_folder(target, force=force) as folder:
         copy_bundle(bundle, folder, without=[_DATA])
         inputs = random_inputs(_SPEC, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))
-        model = lower(judge, _SPEC, inputs)
+        model = lower(judge, _SPEC, inputs, opset=opset_of(bundle))
         cost = program_cost(model)
-        save_with_weights(model, folder / "assess.onnx", _DATA, weights)
+        shared = StoredWeights.of(folder / WEIGHTS_FILE, [bundle.program_path("recognize")])
+        data = save_with_weights(model, folder / "assess.onnx", _DATA, weights, shared)
         if bundle.has_golden:
             tensors = load_file(folder / GOLDEN_FILE)
             tensors |= golden_outputs(judge, _SPEC, d, tensors, _GOLDEN_SEED)
             save_file(tensors, folder / GOLDEN_FILE)
 
         provenance = {"assess": origin} if origin else {}
-        facts = ProgramFacts((_DATA,), cost=cost)
+        facts = ProgramFacts(data, cost=cost)
         enter_checked(folder, _SPEC, d, judge, facts, provenance, (_DATA, GOLDEN_FILE))
         Bundle.load(folder).verify(full=True)
     return Bundle.load(target)

@@ -22,10 +22,10 @@ from diffveil_export.bundle_writer import (
 )
 from diffveil_export.cost import program_cost
 from diffveil_export.gradient import trace_gradient
-from diffveil_export.joining import enter_checked, save_with_weights
+from diffveil_export.joining import enter_checked, opset_of, round_joined, save_with_weights
 from diffveil_export.latent_recognizer import LatentRecognizer
 from diffveil_export.lower import lower
-from diffveil_export.storage import WeightStorage, round_weights
+from diffveil_export.storage import WeightStorage
 from diffveil_export.verify import random_inputs
 from diffveil_export.wrappers import Guide
 
@@ -80,7 +80,7 @@ def add_latent_guide(
         raise OptionError(f"the latent recognizer is for {given}, the bundle has {wanted}")
     bundle.verify(full=True)
     guide = latent_guide(student)
-    round_weights(guide, weights)
+    round_joined(guide, weights)
     with staged_folder(target, force=force) as folder:
         copy_bundle(bundle, folder, without=[_DATA])
         _drop_step(folder)
@@ -89,13 +89,14 @@ def add_latent_guide(
         dynamic = tuple(
             tuple(i for i, axis in enumerate(t.axes) if axis in DYNAMIC_AXES) for t in _SPEC.inputs
         )
-        model = lower(trace_gradient(guide, inputs, dynamic), _SPEC, inputs)
+        traced = trace_gradient(guide, inputs, dynamic)
+        model = lower(traced, _SPEC, inputs, opset=opset_of(bundle))
         cost = program_cost(model)
-        save_with_weights(model, folder / "guide_latent.onnx", _DATA, weights)
+        data = save_with_weights(model, folder / "guide_latent.onnx", _DATA, weights)
         _add_golden(guide, folder)
 
         provenance = {"guide_latent": student.origin} if student.origin else {}
-        facts, changed = ProgramFacts((_DATA,), cost=cost), (_DATA, GOLDEN_FILE)
+        facts, changed = ProgramFacts(data, cost=cost), (_DATA, GOLDEN_FILE)
         enter_checked(folder, _SPEC, d, guide, facts, provenance, changed, golden=True)
         Bundle.load(folder).verify(full=True)
     return Bundle.load(target)

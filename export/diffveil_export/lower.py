@@ -19,10 +19,14 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from diffveil.programs import DYNAMIC_AXES, ProgramSpec
 from diffveil_export.models.low_rank import FACTORS
 
-__all__ = ["BFLOAT16_OPSET", "OPSET", "lower"]
+__all__ = ["BFLOAT16_OPSET", "INT4_OPSET", "OPSET", "lower"]
 
 OPSET = 20
 """ONNX operator set of programs: the newest that ONNX Runtime 1.20 and TensorRT 10.3 read."""
+
+INT4_OPSET = 21
+"""Operator set of programs with weights in four bits: the first that has them, and blocks. ONNX
+Runtime 1.20 reads it; TensorRT needs a version after 10.3."""
 
 BFLOAT16_OPSET = 22
 """Operator set of programs in bfloat16: the first in which convolutions may be of this type."""

@@ -25,6 +25,7 @@ from diffveil_export.assembly import Assembly
 from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, enter_program, staged_folder
 from diffveil_export.cost import program_cost
 from diffveil_export.golden import golden_outputs, is_large
+from diffveil_export.joining import opset_of
 from diffveil_export.lower import lower
 from diffveil_export.step_parts import Predict, Update
 from diffveil_export.verify import check_program, random_inputs, require_parity
@@ -65,12 +66,12 @@ class StepGraphs:
     def __init__(self, bundle: Bundle) -> None:
         self._bundle = bundle
         self._denoise, self._guide = denoiser_of(bundle), guide_of(bundle)
-        d = bundle.dimensions
+        d, opset = bundle.dimensions, opset_of(bundle)
         self._folder = bundle.path
 
         def lowered(module: nn.Module, spec: ProgramSpec) -> bytes:
             generator = torch.Generator().manual_seed(_EXAMPLE_SEED)
-            model = lower(module.eval(), spec, random_inputs(spec, d, 2, generator))
+            model = lower(module.eval(), spec, random_inputs(spec, d, 2, generator), opset=opset)
             self.update_flops += program_cost(model).flops
             return bytes(ir.to_proto(model).SerializeToString())
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 from distill import unit
@@ -60,12 +62,17 @@ def measure(heads: nn.ModuleList, features: list[torch.Tensor]) -> None:
 
 
 class FaceCritic(nn.Module):
-    """Scores faces [B, 3, 128, 128] by their pixels and by a frozen recognizer's features."""
+    """Scores faces [B, 3, 128, 128] by their pixels and by features that frozen recognizers see.
 
-    def __init__(self) -> None:
+    Args:
+        others: Channels of feature maps that come after those of `look`.
+    """
+
+    def __init__(self, others: Sequence[int] = ()) -> None:
         super().__init__()
         self.pixels = PixelCritic()
-        self.heads = nn.ModuleList(score_head(width) for width in FEATURES.values())
+        widths = [*FEATURES.values(), *others]
+        self.heads = nn.ModuleList(score_head(width) for width in widths)
 
     def forward(self, image: torch.Tensor, features: list[torch.Tensor]) -> list[torch.Tensor]:
         """Score maps, each [B, 1, h, w]."""

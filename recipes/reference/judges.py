@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from common import mixed_precision, place
-from critics import FEATURES, FaceCritic, hinge, look, measure, merit
+from critics import FaceCritic, hinge, look, measure, merit
 from distill import unit
+from teacher import Teacher
 from torch import nn
 from torch.nn import functional as F
-from train_judge import framed, varied
 
-from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.judge import GradeHeads
 from diffveil_export.reference.recognizer import FaceRecognizer
 
-_ASKED = 4  # faces of a batch that the slow teacher is shown, at every other step
 _NATURAL = 2.0  # log-odds of naturalness that leave nothing to wish
 _WARM_UP = 150  # steps until the critic counts in full: it knows nothing at first
 
@@ -33,7 +30,7 @@ class Aims:
         likeness: Weight of the recognizers.
         strange: Cosine to the photo's person that is strange enough.
         known: Cosine that a hidden face is to keep.
-        natural: Weight of the judge of naturalness, where there is one.
+        natural: Weight of the eye, where there is one.
     """
 
     adversarial: float = 1.0
@@ -43,9 +40,12 @@ class Aims:
     natural: float = 0.4
 
 
-def _uphill(loss: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
-    """The loss's gradient [B, 3, S, S], of unit size a face; zero where a face has none."""
-    (gradient,) = torch.autograd.grad(loss, image)
+def _uphill(loss: torch.Tensor, image: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
+    """The loss's gradient [B, 3, S, S], of unit size a face; zero where a face has none.
+
+    With `keep`, more gradients may be taken through what was computed.
+    """
+    (gradient,) = torch.autograd.grad(loss, image, retain_graph=keep)
     at_all = gradient.abs().amax((1, 2, 3), keepdim=True) > 1e-9
     return at_all * unit(gradient)
 
@@ -56,8 +56,9 @@ class Judges:
     Args:
         recognizer: The bundle's.
         device: Where all of them are.
-        teacher: TorchScript recognizer of aligned 112-pixel faces, RGB 0 … 255.
-        eye: What learned from grades how natural a face looks (train_judge.py).
+        teacher: What the recognizer was distilled from: one more that faces are to deceive, and
+            features for the critic.
+        eye: What learned from grades how natural faces look by the teacher's features.
         regard: How much each place of a face counts for the critic, [1, 1, S, S].
         wrap: `torch.compile`, or what leaves functions as they are.
     """
@@ -67,30 +68,30 @@ class Judges:
         recognizer: FaceRecognizer,
         device: str,
         *,
-        teacher: Path | None = None,
-        eye: FaceJudge | None = None,
+        teacher: Teacher | None = None,
+        eye: GradeHeads | None = None,
         regard: torch.Tensor | None = None,
         wrap: Callable[[Any], Any] = lambda function: function,
     ) -> None:
-        self.critic = place(FaceCritic(), device)
-        self._recognizer, self._device = recognizer, device
+        shapes = teacher.shapes if teacher else []
+        self.critic = place(FaceCritic([width for width, _ in shapes]), device)
+        self._recognizer, self._device, self._teacher = recognizer, device, teacher
         self._seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
         self._regard = (torch.ones(1) if regard is None else regard).to(device)
-        self._eye, self._rng = eye, np.random.default_rng(0)
+        if eye is not None and teacher is None:
+            raise ValueError("an eye sees with a teacher: none is given")
+        self._eye = eye
         if eye is not None:
-            place(eye.fuse().requires_grad_(False), device)
+            place(eye.requires_grad_(False), device)
             for module in eye.modules():  # no two looks alike: what deceives one says little
                 module.train(isinstance(module, nn.Dropout | nn.Dropout2d))
-        self._teacher: Any = None
-        if teacher is not None:
-            self._teacher = torch.jit.load(teacher).eval().to(device)  # type: ignore[no-untyped-call]
         self._judged, self._scored, self._see = wrap(self._judge), wrap(self.critic), wrap(look)
 
     def measure(self, images: torch.Tensor) -> None:
         """Let the critic know the features of real faces [B, 3, S, S]."""
         with torch.no_grad():
             features, _ = look(self._recognizer, images)
-        measure(self.critic.heads, features)
+            measure(self.critic.heads, [*features, *self._outside(images)])
 
     def wish(
         self,
@@ -125,18 +126,18 @@ class Judges:
             return F.relu(aims.known - cosine if hidden else cosine - aims.strange).sum()
 
         shown = image.detach().requires_grad_()
+        outside, theirs = self._teacher.look(shown) if self._teacher else ([], None)
         with mixed_precision(self._device):
-            scores, embedding = self._judged(shown)
+            scores, embedding = self._judged(shown, outside)
         merits = merit(scores, self._over(masks))
         cosine = (embedding * identities).sum(1)
         kind = "hidden " if hidden else ""
         figures = {f"{kind}cosine": cosine.mean(), "score": merits}
         likeness = wrong(cosine)
-        if self._teacher is not None and step % 2:
-            few = slice(0, _ASKED)
+        if self._teacher is not None and theirs is not None:
             with torch.no_grad():
-                known = self._embed(original[few])
-            cosine = (self._embed(shown[few]) * known).sum(1)
+                known = self._teacher.embed(original)
+            cosine = (theirs * known).sum(1)
             likeness = likeness + wrong(cosine)
             figures[f"{kind}outsider"] = cosine.mean()
         lit = F.avg_pool2d(shown.detach() - original, 16)
@@ -144,9 +145,9 @@ class Judges:
         toward = F.interpolate(lit, scale_factor=16, mode="bilinear") * 3
         (gradient,) = torch.autograd.grad(-merits, shown, retain_graph=True)
         toward = toward + aims.adversarial * min(1.0, step / _WARM_UP) * unit(gradient)
-        toward = toward + aims.likeness * _uphill(likeness, shown)
+        toward = toward + aims.likeness * _uphill(likeness, shown, keep=True)
         if self._eye is not None and aims.natural:
-            odds = framed(self._eye, varied(shown, self._rng))
+            odds = self._eye(outside)
             unnatural = F.relu(_NATURAL - odds).sum()
             toward = toward + aims.natural * _uphill(unnatural, shown)
             figures[f"{kind}natural"] = odds.sigmoid().mean()
@@ -159,6 +160,7 @@ class Judges:
         faces = torch.cat([real, drawn.detach()])
         with torch.no_grad(), mixed_precision(self._device):
             features, _ = self._see(self._recognizer, faces)
+        features = [*features, *self._outside(faces)]
         with mixed_precision(self._device):
             verdicts = [score.chunk(2) for score in self._scored(faces, features)]
         return hinge([r for r, _ in verdicts], [d for _, d in verdicts], self._over(masks))
@@ -166,11 +168,14 @@ class Judges:
     def _over(self, masks: torch.Tensor) -> list[torch.Tensor]:
         """For every score map of the critic, the masks of what it saw, weighed by regard."""
         masks = masks * self._regard
-        return [*[masks] * 2, *[masks[:, :, self._seen, self._seen]] * len(FEATURES)]
+        return [*[masks] * 2, *[masks[:, :, self._seen, self._seen]] * len(self.critic.heads)]
 
-    def _judge(self, image: torch.Tensor) -> tuple[list[torch.Tensor], torch.Tensor]:
+    def _judge(
+        self, image: torch.Tensor, outside: list[torch.Tensor]
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
         features, embedding = look(self._recognizer, image)
-        return self.critic(image, features), embedding
+        return self.critic(image, [*features, *outside]), embedding
 
-    def _embed(self, image: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self._teacher(127.5 * (image[:, :, 8:120, 8:120] + 1)).float(), dim=1)
+    def _outside(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """What the teacher sees, if there is one."""
+        return self._teacher.features(image) if self._teacher else []

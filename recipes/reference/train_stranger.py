@@ -8,10 +8,10 @@ anonymize will. Goes on from `few.safetensors` (distill.py). A batch is sampled 
 samples it, up to a step chosen at random; there the predicted clean face is judged, pasted into its
 photo:
 
-* a critic on pixels and on the frozen recognizer's features tells such faces from real ones, so
-  that features are sharp and fit the head around them;
+* a critic on pixels and on features of the frozen recognizer and its teacher tells such faces from
+  real ones, so that features are sharp and fit the head around them;
 * the recognizer must not take the face for the photo's person, but must if it is hidden;
-* an eye that learned from grades (train_judge.py's `judge.pt`, where it is) must find it natural;
+* an eye that learned from grades (train_judge.py's `eye.pt`) must find it natural;
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
@@ -61,15 +61,15 @@ from distill import unit
 from guided_samples import Faces, Sampler
 from judges import Aims, Judges
 from landmarks import Finder
+from teacher import Teacher
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
-from train_judge import load_judge
+from train_judge import load_eye
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.plans import Plan
 from diffveil.presets import preset
 from diffveil_export.models.low_rank import load_low_rank, low_rank_parameters
-from diffveil_export.reference.judge import FaceJudge
 
 
 def arguments() -> argparse.Namespace:
@@ -80,24 +80,24 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--adversarial", type=float, default=1.0, help="weight of the critic")
     parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
     parser.add_argument("--repel", type=float, default=0.3, help="weight of the recognizers")
-    parser.add_argument("--natural", type=float, default=0.4, help="weight of judge.pt")
+    parser.add_argument(
+        "--natural", type=float, default=0.4, help="weight of eye.pt, which sees with the teacher"
+    )
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
     parser.add_argument("--hide", type=float, default=0.4, help="share of batches that are hidden")
     parser.add_argument(
         "--whole", type=float, default=0.5, help="share of faces that stand in whole photos"
     )
-    parser.add_argument("--teacher", type=Path, help="TorchScript recognizer to please as well")
+    parser.add_argument("--teacher", type=Path, help="TorchScript recognizer: one more judge")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
-    return parser.parse_args()
-
-
-def load_eye(work: Path) -> FaceJudge | None:
-    """The judge that train_judge.py left; None where there is none."""
-    if (work / "judge.pt").exists():
-        return load_judge(work)
-    print(f"no judge.pt in {work}: nobody asks whether faces look natural", flush=True)
-    return None
+    args = parser.parse_args()
+    if args.natural and not (args.teacher and (args.work / "eye.pt").exists()):
+        parser.error(
+            f"--natural {args.natural} asks {args.work}/eye.pt, which sees with --teacher: train "
+            "it (train_judge.py --teacher TEACHER.pt), or give --natural 0"
+        )
+    return args
 
 
 def main() -> None:
@@ -126,9 +126,10 @@ def main() -> None:
     factors = nn.ParameterList(low_rank_parameters(student))
     average = Average(student, 0.997)
     sampler = Sampler(ordinary, Programs(Bundle.load(args.bundle), ONNXRuntimeCPU()), device)
-    eye = load_eye(args.work)
+    teacher = Teacher(args.teacher, device) if args.teacher else None
+    eye = load_eye(args.work, teacher) if teacher is not None and args.natural else None
     where = regard(sampler.template, CROP)
-    judges = Judges(recognizer, device, teacher=args.teacher, eye=eye, regard=where, wrap=wrap)
+    judges = Judges(recognizer, device, teacher=teacher, eye=eye, regard=where, wrap=wrap)
     find = Finder(data, offsets)
     settings: Any = {"betas": (0.0, 0.99), "weight_decay": 1e-3}
     optimizer = torch.optim.AdamW(factors, **settings)

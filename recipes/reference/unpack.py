@@ -4,15 +4,14 @@
 
 For machines that have the repository but not the checkpoints: writes `autoencoder.pt`,
 `diffusion.pt`, `recognizer.pt`, `judge.pt`, `few.safetensors`, `guide-decoder` where missing.
-Optimizer state is not in a bundle, and weights come back rounded to int8, which the first minutes
-of training repair. Of the few-step change a bundle has the share that shipped: assemble it as it is
-with `--few-scale 1`.
+Optimizer state is not in a bundle, and weights come back rounded to eight bits or four, which the
+first minutes of training repair. Of the few-step change a bundle has the share that shipped:
+assemble it as it is with `--few-scale 1`.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,7 +27,7 @@ from common import save_change, save_checkpoint
 from diffveil.bundle import Bundle
 from diffveil_export.models.embedded import load_embedded
 from diffveil_export.passes.fold_weights import FoldWeights
-from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.judge import GradeHeads
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 State = dict[str, torch.Tensor]
@@ -41,21 +40,23 @@ def unfused(fused: FaceRecognizer) -> FaceRecognizer:
     return network
 
 
-def unpacked_judge(bundle: Bundle, recognizer: FaceRecognizer) -> FaceJudge:
-    """The judge that `assess` computes, to be trained; `recognizer` is the bundle's, fused."""
+def unpacked_heads(bundle: Bundle) -> State:
+    """Weights of the heads of the judge that `assess` computes."""
     model = ir.load(bundle.program_path("assess"))
     FoldWeights()(model)
-    state = {}
-    for name, value in model.graph.initializers.items():
-        if value.const_value is not None:
-            state[name.removesuffix(".f32.folded")] = value.const_value.numpy()
-    # The exporter computed the places' softmax.
-    state["places"] = np.log(np.maximum(state["softmax"], 1e-12))
-    judge = FaceJudge()
-    judge.begin_with(copy.deepcopy(recognizer))
-    own = {name: torch.from_numpy(np.array(array)) for name, array in state.items()}
-    judge.load_state_dict(with_idle_norms(own, judge.state_dict()))
-    return judge
+    found = {
+        name.removesuffix(".f32.folded").removeprefix("heads."): value.const_value.numpy()
+        for name, value in model.graph.initializers.items()
+        if value.const_value is not None
+    }
+    first = "heads.0.reduce.{}.weight"
+    widths = [found[first.format(i)].shape[1] for i in range(2)]
+    # What normalises features is part of the heads' first layers by now.
+    idle = GradeHeads(widths).state_dict()
+    return {
+        name: value if name[:-1] in ("mean", "scale") else torch.from_numpy(np.array(found[name]))
+        for name, value in idle.items()
+    }
 
 
 def with_idle_norms(fused: State, target: State) -> State:
@@ -113,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         "recognizer.pt": unfused(recognizer).state_dict(),
     }
     if "assess" in bundle.manifest.programs:
-        states["judge.pt"] = unpacked_judge(bundle, recognizer).state_dict()
+        states["judge.pt"] = unpacked_heads(bundle)
     for name, state in states.items():
         if (args.work / name).exists():
             print(f"{name} is there already: left alone")

@@ -108,8 +108,8 @@ class Surrogates:
     ) -> _F32:
         """For every face, surrogates that look like it: held, lit and coloured alike.
 
-        One of the nearest by tokens and embedding, drawn by the face's key; another for each of its
-        variants, as far as there are more.
+        One of the nearest by tokens and embedding, drawn by the face's key; for each of its
+        variants another, as unlike the ones before as there are.
 
         Args:
             tokens: Stage tokens of the faces, float32 [N, 10, D].
@@ -137,10 +137,20 @@ class Surrogates:
                 strangers = nearest[face[nearest] > _OUT]
                 nearest = strangers if len(strangers) else nearest[:1]
             words = key.derive("diffveil/v1/surrogate").words(len(nearest))
-            order = np.argsort(words, kind="stable")
-            rows.append([nearest[order[v % len(nearest)]] for v in range(variants)])
+            first = nearest[np.argmin(words)]
+            rows.append(self._unlike(first, nearest, variants))
         chosen = self.tokens(np.array(rows).reshape(-1))
         return chosen.reshape(len(tokens), variants, *self.mean.shape)
+
+    def _unlike(self, first: np.intp, among: NDArray[np.intp], count: int) -> list[np.intp]:
+        """A surrogate, and others out of some, each least like any that was chosen before."""
+        chosen = [first]
+        alike = self.identities[among] @ self.identities[first]
+        while len(chosen) < count:
+            following = among[np.argmin(alike)]
+            chosen.append(following)
+            alike = np.maximum(alike, self.identities[among] @ self.identities[following])
+        return chosen
 
 
 def _directions(vectors: _F32) -> _F32:

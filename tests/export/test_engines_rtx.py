@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ from diffveil.engines.device import present_target
 from diffveil.engines.records import find_engine
 from diffveil.errors import EngineError, OptionError
 from diffveil.programs import PROGRAMS
+from diffveil_export import storage
 from diffveil_export.engines.builder import BuildOptions, BuildResult, build_engines
 from diffveil_export.engines.progress import SCALE, BuildProgress
 from diffveil_export.engines.trt_api import NativeOptions, TensorRTBuilder, load_builder
+from diffveil_export.exporter import export_bundle
+from tiny_models import tiny_few_components
 
 trt: Any = pytest.importorskip(
     "tensorrt_rtx", reason="TensorRT-RTX is not installed: pip install 'diffveil[tensorrt-rtx]'"
@@ -118,6 +122,25 @@ def test_stored_weights_build_too(
     assert stored.record is not None
     assert stored.record.flags["weights"] == "stored"
     assert stored.record.program_sha256 == folded.record.program_sha256
+
+
+@pytest.mark.parametrize("weights", ["folded", "stored"])
+def test_weights_in_four_bits_build(
+    builder: TensorRTBuilder,
+    weights: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(storage, "_LARGE", 2048)  # a tiny model's are small
+    bundle = export_bundle(tiny_few_components(), tmp_path / "bundle", weights="int4").bundle
+    program = bundle.program_path("denoise").read_bytes()
+    options = BuildOptions(targets=("80",), programs=("denoise",), weights=weights)  # type: ignore[arg-type]
+    (result,) = build_engines(bundle, builder, options)
+    assert result.status == "built"
+    assert bundle.program_path("denoise").read_bytes() == program
+    native = NativeOptions(strip_weights=True)
+    with pytest.raises(OptionError, match="four bits"):
+        build_engines(bundle, builder, replace(options, targets=("89",), native=native))
 
 
 def test_memory_and_streaming_are_accepted(bundle: Bundle, builder: TensorRTBuilder) -> None:

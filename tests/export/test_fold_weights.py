@@ -21,14 +21,18 @@ def constant(name: str, array: Any) -> ir.Value:
 
 
 def graph_of(
-    nodes: list[ir.Node], constants: list[ir.Value], width: int, output: ir.Value | None = None
+    nodes: list[ir.Node],
+    constants: list[ir.Value],
+    width: int,
+    output: ir.Value | None = None,
+    first: tuple[int, int] = (2, 3),
 ) -> ir.Model:
     """y = x + w, with x [2, 3, width] and w what the last of the nodes gives."""
-    weight = nodes[-1].outputs[0]
-    x = ir.Value(name="x", shape=ir.Shape([2, 3, width]), type=ir.TensorType(ir.DataType.FLOAT))
+    weight, shape = nodes[-1].outputs[0], ir.Shape([*first, width])
+    x = ir.Value(name="x", shape=shape, type=ir.TensorType(ir.DataType.FLOAT))
     add = ir.Node("", "Add", [x, weight], outputs=[ir.Value(name="y")])
     y = add.outputs[0]
-    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape([2, 3, width])
+    y.type, y.shape = ir.TensorType(ir.DataType.FLOAT), shape
     outputs = [y] if output is None else [y, output]
     graph = ir.Graph(
         [x], outputs, nodes=[*nodes, add], initializers=constants, opset_imports={"": 21}
@@ -113,21 +117,54 @@ def test_shared_weights_stay_for_whoever_else_reads_them(rng: np.random.Generato
     assert [node.op_type for node in model.graph] == ["Neg", "Add"]
 
 
-def blocked(inputs: list[ir.Value]) -> ir.Node:
-    attributes = [ir.AttrInt64("axis", 2), ir.AttrInt64("block_size", 2)]
-    return ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[ir.Value(name="w")])
-
-
-def test_blocked_weights_integers_results_and_overridable_constants_stay(
-    rng: np.random.Generator,
-) -> None:
+@pytest.mark.parametrize("axis", [0, 1, 2, -1])
+@pytest.mark.parametrize("zero_point", [False, True])
+def test_blocks_are_computed_exactly(rng: np.random.Generator, axis: int, zero_point: bool) -> None:
+    shape, fewer = [4, 6, 8], [4, 6, 8]
+    fewer[axis] //= 2
+    int4 = ir.DataType.INT4.numpy()
     inputs = [
-        constant("q", rng.integers(-128, 128, (2, 3, 4), dtype=np.int8)),
-        constant("s", rng.uniform(0.01, 1, (2, 3, 2)).astype(np.float32)),
+        constant("q", rng.integers(-8, 8, shape).astype(int4)),
+        constant("s", rng.uniform(0.01, 1, fewer).astype(np.float32)),
     ]
-    assert not FoldWeights()(graph_of([blocked(inputs)], inputs, 4)).modified
+    if zero_point:
+        inputs.append(constant("z", rng.integers(-2, 3, fewer).astype(int4)))
+    attributes = [ir.AttrInt64("axis", axis), ir.AttrInt64("block_size", 2)]
+    node = ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[ir.Value(name="w")])
+    model = graph_of([node], inputs, 8, first=(4, 6))
+    x = rng.standard_normal(shape).astype(np.float32)
+    expected = run(model, x)
+    assert FoldWeights()(model).modified
+    assert list(model.graph.initializers) == ["w.folded"]
+    np.testing.assert_array_equal(run(model, x), expected)
 
-    integers = constant("i", rng.integers(0, 9, (2, 3, 4)))
+
+def test_blocks_alone_are_folded_where_others_are_to_stay(rng: np.random.Generator) -> None:
+    integers = constant("q", rng.integers(-8, 8, (2, 3, 4)).astype(ir.DataType.INT4.numpy()))
+    halves = constant("h", rng.uniform(0.01, 1, (2, 3, 2)).astype(np.float16))
+    cast = ir.Node("", "Cast", [halves], [ir.AttrInt64("to", 1)], outputs=[ir.Value(name="s")])
+    attributes = [ir.AttrInt64("axis", 2), ir.AttrInt64("block_size", 2)]
+    inputs = [integers, cast.outputs[0]]
+    blocks = ir.Node("", "DequantizeLinear", inputs, attributes, outputs=[ir.Value(name="b")])
+    plain = [
+        constant("p", rng.integers(-128, 128, (2, 3, 4), dtype=np.int8)),
+        constant("t", rng.uniform(0.01, 1, 3).astype(np.float32)),
+    ]
+    other = ir.Node(
+        "", "DequantizeLinear", plain, [ir.AttrInt64("axis", 1)], outputs=[ir.Value(name="o")]
+    )
+    both = ir.Node("", "Add", [blocks.outputs[0], other.outputs[0]], outputs=[ir.Value(name="w")])
+    model = graph_of([cast, blocks, other, both], [integers, halves, *plain], 4)
+    x = rng.standard_normal((2, 3, 4)).astype(np.float32)
+    expected = run(model, x)
+    assert FoldWeights(only_blocks=True)(model).modified
+    assert [node.op_type for node in model.graph] == ["DequantizeLinear", "Add", "Add"]
+    np.testing.assert_array_equal(run(model, x), expected)
+    assert not FoldWeights(only_blocks=True)(model).modified
+
+
+def test_integers_results_and_overridable_constants_stay() -> None:
+    integers = constant("i", np.arange(24).reshape(2, 3, 4))
     cast = ir.Node("", "Cast", [integers], [ir.AttrInt64("to", 1)], outputs=[ir.Value(name="w")])
     assert not FoldWeights()(graph_of([cast], [integers], 4)).modified
 

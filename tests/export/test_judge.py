@@ -13,7 +13,8 @@ from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.errors import BundleError, OptionError
 from diffveil.golden import check_backend
 from diffveil_export.judge import add_judge
-from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.models.embedded import load_embedded
+from diffveil_export.reference.judge import FaceJudge, GradeHeads
 from diffveil_export.reference.recognizer import FaceRecognizer
 from diffveil_export.verify import ParityError
 from judged_bundles import digests, judge_for
@@ -22,7 +23,7 @@ from judged_bundles import digests, judge_for
 @pytest.fixture(scope="module")
 def judged(tiny_bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     target = tmp_path_factory.mktemp("judged") / "bundle"
-    return add_judge(tiny_bundle, judge_for(tiny_bundle).fuse(), target, origin="nobody's grades")
+    return add_judge(tiny_bundle, judge_for(tiny_bundle), target, origin="nobody's grades")
 
 
 def test_a_judge_joins_without_changing_anything_else(tiny_bundle: Bundle, judged: Bundle) -> None:
@@ -41,7 +42,7 @@ def test_a_judge_joins_without_changing_anything_else(tiny_bundle: Bundle, judge
 def test_it_computes_what_pytorch_does(
     tiny_bundle: Bundle, tmp_path: Path, batch: int, weights: str
 ) -> None:
-    judge = judge_for(tiny_bundle, seed=batch).fuse()
+    judge = judge_for(tiny_bundle, seed=batch)
     bundle = add_judge(tiny_bundle, judge, tmp_path / "bundle", weights=weights)  # type: ignore[arg-type]
     size = bundle.image_size
     image = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
@@ -55,41 +56,60 @@ def test_it_computes_what_pytorch_does(
     assert all(check_backend(bundle, ONNXRuntimeCPU(), programs=["assess"]))
 
 
-def test_fusing_changes_nothing(tiny_bundle: Bundle) -> None:
-    judge = judge_for(tiny_bundle).eval()
-    image = torch.rand(2, 3, judge.size, judge.size) * 2 - 1
-    with torch.no_grad():
-        before = judge(image)
-        # The trunk's normalisations fold when it is a recognizer's; the judge's own fold here.
-        torch.testing.assert_close(judge.fuse()(image), before, rtol=1e-5, atol=1e-6)
-
-
-def test_it_begins_with_a_recognizers_eyes() -> None:
+def test_fusing_changes_nothing() -> None:
     torch.manual_seed(1)
-    recognizer = FaceRecognizer(0, 32, (8, 12, 16), (1, 1, 1), 5).eval()
-    judge = FaceJudge(0, 32, (8, 12), (1, 1), 8)
-    image = torch.rand(2, 3, 32, 32)
-    expected = recognizer.features[:5](image)
-    judge.begin_with(recognizer.fuse())
+    heads = GradeHeads([12, 16]).eval()
+    features = [3 + 2 * torch.randn(5, 12, 14, 14), torch.randn(5, 16, 4, 4) - 1]
+    heads.measure(features)
     with torch.no_grad():
-        torch.testing.assert_close(judge.eval().trunk(image), expected, rtol=1e-4, atol=1e-5)
+        before = heads.opinions(features)
+        torch.testing.assert_close(heads.fuse().opinions(features), before, rtol=1e-4, atol=1e-5)
+    assert before.shape == (4, 5)
+
+
+def test_it_sees_with_a_recognizers_eyes(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    recognizer = load_embedded(tiny_bundle).modules()["recognizer"]
+    assert isinstance(recognizer, FaceRecognizer)
+    judge = judge_for(tiny_bundle, recognizer=recognizer)
+    image = torch.rand(2, 3, tiny_bundle.image_size, tiny_bundle.image_size)
+    start, stop = recognizer.margin, recognizer.margin + recognizer.size
+    with torch.no_grad():
+        expected = recognizer.features(image[:, :, start:stop, start:stop])
+        torch.testing.assert_close(judge.features(image)[1], expected)
+    bundle = add_judge(tiny_bundle, judge, tmp_path / "bundle")
+    assert set(bundle.program("assess").data) == {"weights.bin", "assess.bin"}
+    stranger = add_judge(tiny_bundle, judge_for(tiny_bundle), tmp_path / "other")
+    assert stranger.program("assess").data == ("assess.bin",)
+    assert bundle.fingerprint == tiny_bundle.fingerprint
+    heads = sum(p.numel() for p in judge.heads.parameters())
+    assert (bundle.path / "assess.bin").stat().st_size < 1.5 * heads
+    assert (bundle.path / "weights.bin").stat().st_size == (
+        tiny_bundle.path / "weights.bin"
+    ).stat().st_size
+    assert all(check_backend(bundle, ONNXRuntimeCPU(), programs=["assess"]))
+
+
+def test_four_bits_are_refused(tiny_bundle: Bundle, tmp_path: Path) -> None:
+    with pytest.raises(OptionError, match="int4"):
+        add_judge(tiny_bundle, judge_for(tiny_bundle), tmp_path / "bundle", weights="int4")
+    assert not (tmp_path / "bundle").exists()
 
 
 def test_a_bundle_that_is_there_stays(tiny_bundle: Bundle, tmp_path: Path) -> None:
     target = tmp_path / "bundle"
-    first = add_judge(tiny_bundle, judge_for(tiny_bundle).fuse(), target)
+    first = add_judge(tiny_bundle, judge_for(tiny_bundle), target)
     before = digests(target)
     with pytest.raises(OptionError, match="exists"):
-        add_judge(first, judge_for(tiny_bundle, seed=2).fuse(), target)
+        add_judge(first, judge_for(tiny_bundle, seed=2), target)
     assert digests(target) == before
-    add_judge(first, judge_for(tiny_bundle, seed=2).fuse(), target, force=True)
+    add_judge(first, judge_for(tiny_bundle, seed=2), target, force=True)
     assert digests(target)["assess.bin"] != before["assess.bin"]
 
 
 def test_a_judge_that_computes_something_else_is_refused(
     tiny_bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    judge = judge_for(tiny_bundle).fuse()
+    judge = judge_for(tiny_bundle)
     calls = 0
     original = FaceJudge.forward
 

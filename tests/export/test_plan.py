@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from diffveil.bundle import Bundle
-from diffveil_export import cli
+from diffveil_export import cli, storage
 from diffveil_export.models import reference
 from diffveil_export.plan import plan_export, total_bytes
 from tiny_models import tiny_components
@@ -29,6 +29,24 @@ def test_plan_agrees_with_the_export(tiny_bundle: Bundle) -> None:
     assert parameters < total_bytes(components, "int8", "float32")
     assert total_bytes(components, "int8", "float16") == 2 * total_bytes(
         components, "int8", "float32"
+    )
+
+
+def test_four_bits_are_counted_where_they_are_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    components = tiny_components()
+    before = total_bytes(components, "int8", "float32")
+    assert total_bytes(components, "int4", "float32") == before  # a tiny model's are all small
+    monkeypatch.setattr(storage, "_LARGE", 2048)
+    unet = components.modules()["unet"].named_parameters()
+    count = sum(p.numel() for n, p in unet if p.ndim > 1 and storage.in_blocks(n, p.shape))
+    assert count > 2048
+    after = total_bytes(components, "int4", "float32")
+    assert before - after == pytest.approx(count * (1 - 0.5625), abs=1)
+    plans = {p.program: p.weight_bytes for p in plan_export(components, "int4", "float32")}
+    assert plans["denoise"] < total_bytes(components, "int8", "float32")
+    assert (
+        plans["decode"]
+        == {p.program: p.weight_bytes for p in plan_export(components, "int8", "float32")}["decode"]
     )
 
 

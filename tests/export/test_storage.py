@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from diffveil.errors import OptionError
+from diffveil_export.models.low_rank import LowRankLinear
 from diffveil_export.storage import (
     DataFile,
     WeightStorage,
@@ -40,7 +42,7 @@ def _model(weight: np.ndarray, op: str = "MatMul") -> ir.Model:
     node.outputs[0].dtype = ir.DataType.FLOAT
     node.outputs[0].shape = ir.Shape(["B", weight.shape[1]])
     graph = ir.Graph(
-        [x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 20}, name="g"
+        [x], node.outputs, nodes=[node], initializers=[w], opset_imports={"": 21}, name="g"
     )
     return ir.Model(graph, ir_version=10)
 
@@ -77,21 +79,24 @@ def test_quantizing_again_changes_nothing(
     assert (np.abs(rounded - weight) <= 0.5000001 * scale.reshape(shape)).all()
 
 
-@pytest.mark.parametrize("storage", ["int8", "float16"])
+@pytest.mark.parametrize("storage", ["int4", "int8", "float16"])
 @pytest.mark.parametrize("transposed", [False, True])
 def test_storage_is_lossless_after_rounding(
     storage: WeightStorage, transposed: bool, tmp_path: Path, rng: np.random.Generator
 ) -> None:
-    layer = nn.Linear(40, 48, bias=False)
+    layer = nn.Linear(256, 272, bias=False)
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(rng.standard_normal((48, 40)).astype(np.float32)))
+        layer.weight.copy_(torch.from_numpy(rng.standard_normal((272, 256)).astype(np.float32)))
     round_weights(layer, storage)
     weight = layer.weight.detach().numpy()
     weight = np.ascontiguousarray(weight.T) if transposed else weight
     model = _model(weight)
     assert shrink_initializers(model, storage) == 1
-    restored = {"int8": "DequantizeLinear", "float16": "Cast"}[storage]
-    assert [n.op_type for n in model.graph] == [restored, "MatMul"]
+    restoring = {"int4": ["Cast", "DequantizeLinear"], "int8": ["DequantizeLinear"]}
+    nodes = [n.op_type for n in model.graph]
+    assert nodes == [*restoring.get(storage, ["Cast"]), "MatMul"]
+    small = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value)
+    assert small <= weight.size * {"int4": 0.5625, "int8": 1.02, "float16": 2}[storage]
     path = tmp_path / "m.onnx"
     ir.save(model, path)
     # A unit matrix reads the weight back.
@@ -120,6 +125,30 @@ def test_equal_weights_are_written_once(tmp_path: Path, rng: np.random.Generator
     np.testing.assert_array_equal(_run(tmp_path / "c.onnx", identity), other)
 
 
+def test_four_bits_are_for_large_weights_but_not_for_changes(rng: np.random.Generator) -> None:
+    """Others are rounded as under int8."""
+    change = LowRankLinear(nn.Linear(512, 256), 8)
+    layers = nn.ModuleDict(
+        {"large": nn.Conv2d(64, 128, 3), "odd": nn.Conv2d(72, 128, 3), "change": change}
+    )
+    with torch.no_grad():
+        change.up.weight.normal_()
+        layers["change"].down = nn.Linear(512, 256)  # a change as large as others' weights
+    coarse, fine = copy.deepcopy(layers), copy.deepcopy(layers)
+    round_weights(coarse, "int4")
+    round_weights(fine, "int8")
+    moved = {
+        name
+        for (name, a), b in zip(coarse.named_parameters(), fine.parameters(), strict=True)
+        if not torch.equal(a, b)
+    }
+    assert moved == {"large.weight", "change.base.weight"}
+    before = copy.deepcopy(coarse)
+    round_weights(coarse, "int4")
+    for a, b in zip(coarse.parameters(), before.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
 def test_small_tensors_and_float32_storage_stay(rng: np.random.Generator) -> None:
     norm = nn.Linear(8, 8)
     before = norm.weight.detach().clone()
@@ -129,6 +158,15 @@ def test_small_tensors_and_float32_storage_stay(rng: np.random.Generator) -> Non
     before = large.weight.detach().clone()
     round_weights(large, "float32")
     assert torch.equal(large.weight, before)
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("nan"), 1e6])
+def test_weights_beyond_four_bits_are_named(value: float) -> None:
+    layer = nn.Sequential(nn.Linear(256, 256))
+    with torch.no_grad():
+        layer[0].weight[3, 5] = value
+    with pytest.raises(OptionError, match=r"0\.weight"):
+        round_weights(layer, "int4")
 
 
 @pytest.mark.parametrize("storage", ["int8", "float16"])

@@ -11,11 +11,13 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
-from critics import look
+from critics import FEATURES, look
 from judges import Aims, Judges
+from teacher import Teacher
 
-from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.judge import GradeHeads
 from diffveil_export.reference.recognizer import FaceRecognizer
+from traced_teacher import saved_teacher
 
 EVERYWHERE = torch.ones(1, 1, 128, 128)
 ALONE = {"adversarial": 0.0, "likeness": 1.0}  # the recognizer's wish, and the light's
@@ -131,24 +133,71 @@ def test_the_critic_learns_only_where_masks_show_a_face(judges: Judges) -> None:
     assert change(masks) < 0.1 * change(EVERYWHERE)  # the critic's norms move a little by being run
 
 
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    return Teacher(saved_teacher(tmp_path_factory.mktemp("teacher") / "teacher.pt"))
+
+
 def test_an_eye_wants_faces_more_natural_and_leaves_natural_ones_alone(
-    recognizer: FaceRecognizer,
+    recognizer: FaceRecognizer, teacher: Teacher
 ) -> None:
     torch.manual_seed(3)
-    eye = FaceJudge()
-    judges = Judges(recognizer, "cpu", eye=eye)
+    eye = GradeHeads([width for width, _ in teacher.shapes])
+    judges = Judges(recognizer, "cpu", teacher=teacher, eye=eye)
     original = 0.3 * torch.randn(3, 3, 128, 128)
     _, known = look(recognizer, original)
     aims = Aims(adversarial=0.0, likeness=0.0, natural=0.7)
     wish, figures = judges.wish(original, original, known, EVERYWHERE, aims, hidden=True, step=9)
     assert 0 < figures["hidden natural"] < 1
     torch.testing.assert_close(wish.square().mean((1, 2, 3)).sqrt(), torch.full((3,), 0.7))
-    sure = eye.eval().logits  # without what it drops at random while it teaches
+    eye.eval()  # without what it drops at random while it teaches
+
+    def sure(image: torch.Tensor) -> torch.Tensor:
+        return eye(teacher.features(image))
+
     assert (sure(original - 0.02 * wish) > sure(original)).all()
     with torch.no_grad():
-        eye.head.bias += 1000
+        for head in eye.heads:
+            head.grade.bias += 1000  # type: ignore[operator, union-attr]
     wish, _ = judges.wish(original, original, known, EVERYWHERE, aims, hidden=True, step=9)
     assert not wish.any()
+
+
+def test_an_eye_needs_a_teacher_to_see_with(recognizer: FaceRecognizer) -> None:
+    with pytest.raises(ValueError, match="teacher"):
+        Judges(recognizer, "cpu", eye=GradeHeads([6, 10]))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_the_teacher_has_its_own_opinion_of_identity(
+    recognizer: FaceRecognizer, teacher: Teacher, hidden: bool
+) -> None:
+    judges = Judges(recognizer, "cpu", teacher=teacher)
+    image, original = 0.3 * torch.randn(2, 3, 3, 128, 128)
+    # The recognizer is content with what the teacher is not.
+    known = look(recognizer, image)[1] * (1.0 if hidden else -1.0)
+    aims = Aims(strange=-0.95, known=0.95, **ALONE)
+    wish, figures = wish_beyond_light(judges, image, original, known, aims, hidden=hidden)
+    before = (teacher.embed(image) * teacher.embed(original)).sum(1)
+    after = (teacher.embed(image - 0.003 * wish) * teacher.embed(original)).sum(1)
+    wrong = before < 0.95 if hidden else before > -0.95
+    assert wrong.any()
+    assert (after > before if hidden else after < before)[wrong].all()
+    name = "hidden outsider" if hidden else "outsider"
+    torch.testing.assert_close(figures[name], before.mean())
+
+
+def test_the_critic_reads_the_teachers_features(
+    recognizer: FaceRecognizer, teacher: Teacher
+) -> None:
+    judges = Judges(recognizer, "cpu", teacher=teacher)
+    image = 0.3 * torch.randn(4, 3, 128, 128)
+    judges.measure(image)
+    assert len(judges.critic.heads) == len(FEATURES) + len(teacher.shapes)
+    loss = judges.mistakes(image, image.flip(0), EVERYWHERE)
+    loss.backward()  # type: ignore[no-untyped-call]
+    for head in judges.critic.heads:
+        assert any(p.grad is not None and p.grad.any() for p in head.parameters())
 
 
 def test_the_critic_speaks_where_faces_are_regarded(recognizer: FaceRecognizer) -> None:

@@ -35,7 +35,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, Bundle]:
     """One that a program has joined, and a fresh export with another change."""
     folder = tmp_path_factory.mktemp("few")
     old, new = (export_bundle(tiny_few_components(s), folder / str(s)).bundle for s in (5, 6))
-    return add_judge(old, judge_for(old).fuse(), folder / "judged"), new
+    return add_judge(old, judge_for(old), folder / "judged"), new
 
 
 def denoised(bundle: Bundle, seed: int) -> dict[str, np.ndarray]:

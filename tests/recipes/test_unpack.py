@@ -16,7 +16,7 @@ from train_judge import load_judge
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
-from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.recognizer import FaceRecognizer
 
 
 @pytest.fixture(scope="module")
@@ -47,11 +47,10 @@ def test_files_that_are_there_stay(work: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_weight_that_is_missing_is_named() -> None:
-    judge = FaceJudge(widths=(8, 12), blocks=(1, 1), width=8)
-    target = judge.state_dict()
-    fused = judge.fuse().state_dict()
-    judge.load_state_dict(fused)
+    recognizer = FaceRecognizer(embedding=8)
+    target = recognizer.state_dict()
+    fused = recognizer.fuse().state_dict()
     assert unpack.with_idle_norms(fused, target).keys() == target.keys()
-    fused.pop("places")
-    with pytest.raises(KeyError, match="places"):
+    fused.pop("pool")
+    with pytest.raises(KeyError, match="pool"):
         unpack.with_idle_norms(fused, target)

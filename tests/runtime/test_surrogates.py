@@ -149,6 +149,11 @@ def test_the_chosen_are_near_strangers(seed: int, faces: int, variants: int) -> 
         drawn = [int(np.argmin(np.abs(every - row).max(axis=(1, 2)))) for row in chosen[face]]
         assert set(drawn) <= set(allowed)
         assert len(set(drawn)) == min(variants, len(allowed))
+        cosines = some.identities.astype(np.float64) @ some.identities.T
+        for v in range(1, min(variants, len(allowed))):
+            # Each is the one least like any that was chosen before.
+            alike = {k: max(cosines[k, before] for before in drawn[:v]) for k in allowed}
+            assert alike[drawn[v]] <= min(alike.values()) + 1e-5
 
 
 def test_hidden_faces_may_look_like_their_person(rng: np.random.Generator) -> None:

@@ -47,6 +47,7 @@ class BuildOptions:
         programs: Names of programs.
         weights: `folded` restores compactly stored weights to the dtype that they are computed
             with; `stored` leaves int8 weights in the engine: smaller, restored by the engine.
+            Weights in four bits are restored either way.
         native: Options of the builder itself.
         force: Build what is up to date too.
         dry_run: Only say what would be built.
@@ -236,29 +237,27 @@ def _flags(options: BuildOptions) -> dict[str, bool | int | str | None]:
 def _restored(source: Path, folder: Path, options: BuildOptions) -> Iterator[Path]:
     """The ONNX file to parse: the program's own, or one with its weights folded.
 
-    The folded one is written, for the parser maps weights from a file and one message of protobuf
-    holds no more than 2 GiB.
+    Blocks of four bits are folded even where weights are to stay as stored: parsers read them for
+    matrices only. The folded one is written, for the parser maps weights from a file and one
+    message of protobuf holds no more than 2 GiB.
 
     Raises:
         OptionError: The engine is to be filled from the bundle later, which has no such weights.
     """
-    if options.weights == "stored":
-        yield source
-        return
     import onnx_ir as ir
 
     from diffveil_export.passes.fold_weights import FoldWeights
 
     model = ir.load(source)
-    if not FoldWeights()(model).modified:
+    if not FoldWeights(only_blocks=options.weights == "stored")(model).modified:
         yield source
         return
     if options.native.strip_weights:
         raise OptionError(
             f"strip-weights: the bundle stores weights of program '{source.stem}' compactly, so an "
-            "engine of restored ones could not be filled from it: give `--weights stored`, or "
-            "build from a bundle that was exported with `--weights float32` or `--precision "
-            "float16`"
+            "engine of restored ones could not be filled from it: give `--weights stored` if "
+            "none is in four bits, or build from a bundle that was exported with `--weights "
+            "float32` or `--precision float16`"
         )
     with tempfile.TemporaryDirectory(
         dir=folder, prefix=".folded-", ignore_cleanup_errors=True

@@ -22,6 +22,7 @@ from torch import nn
 
 from diffveil.bundle import Bundle
 from diffveil.errors import BundleError
+from diffveil_export.blocks import BLOCK, pack, read_blocks, restore_blocks, unpack
 from diffveil_export.components import Components
 from diffveil_export.models.low_rank import low_rank_state
 from diffveil_export.storage import DataFile, quantize
@@ -145,6 +146,9 @@ def _place(
     weight: NDArray[np.float32], store: DataFile
 ) -> tuple[dict[str, Any] | None, NDArray[np.float32] | None]:
     """Where a weight lies in the file, as it is or transposed, and the scales it needs."""
+    place = _place_blocks(weight, store)
+    if place is not None:
+        return place, None
     integers, scale = quantize(weight, 0)
     half = weight.astype(np.float16)
     forms: list[tuple[str, NDArray[Any]]] = [("int8", integers), ("float32", weight)]
@@ -162,6 +166,19 @@ def _place(
     return None, None
 
 
+def _place_blocks(weight: NDArray[np.float32], store: DataFile) -> dict[str, Any] | None:
+    """Where a weight lies that is stored in blocks of four bits; None if it is not."""
+    blocks = read_blocks(weight, 1) if weight.ndim > 1 else None
+    if blocks is None:
+        return None
+    for transposed in (False, True) if weight.ndim == 2 else (False,):
+        integers, scale = (np.ascontiguousarray(b.T if transposed else b) for b in blocks)
+        offset, scales = store.find(pack(integers)), store.find(scale.tobytes())
+        if offset is not None and scales is not None:
+            return {"kind": "int4", "offset": offset, "scales": scales, "transposed": transposed}
+    return None
+
+
 def _read(bundle: Bundle) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     path = bundle.path / SOURCE_FILE
     if not path.is_file():
@@ -174,13 +191,25 @@ def _read(bundle: Bundle) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     maps = {file: np.memmap(bundle.path / file, np.uint8, "r") for file in files}
     for name, place in index["places"].items():
         shape = place["shape"][::-1] if place["transposed"] else place["shape"]
-        dtype = np.dtype(_DTYPES[place["kind"]])
         data = maps[place.get("data", index["data"])]
-        raw = data[place["offset"] : place["offset"] + int(np.prod(shape)) * dtype.itemsize]
-        array = raw.view(dtype).reshape(shape).astype(np.float32)
+        array = _int4(data, place, shape) if place["kind"] == "int4" else _whole(data, place, shape)
         array = array.T if place["transposed"] else array
         if place["kind"] == "int8":
             scale = state.pop(f"{name}.scale").numpy()
             array = array * scale.reshape(-1, *([1] * (array.ndim - 1)))
         state[name] = torch.from_numpy(np.ascontiguousarray(array))
     return index, state
+
+
+def _whole(data: NDArray[np.uint8], place: dict[str, Any], shape: list[int]) -> NDArray[np.float32]:
+    dtype = np.dtype(_DTYPES[place["kind"]])
+    raw = data[place["offset"] :][: int(np.prod(shape)) * dtype.itemsize]
+    return raw.view(dtype).reshape(shape).astype(np.float32)
+
+
+def _int4(data: NDArray[np.uint8], place: dict[str, Any], shape: list[int]) -> NDArray[np.float32]:
+    count, axis = int(np.prod(shape)), 0 if place["transposed"] else 1
+    integers = unpack(data[place["offset"] :][: count // 2]).reshape(shape)
+    scales = data[place["scales"] :][: 2 * count // BLOCK].view(np.float16)
+    fewer = [n // BLOCK if i == axis else n for i, n in enumerate(shape)]
+    return restore_blocks(integers, scales.reshape(fewer), axis)

@@ -2,96 +2,137 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import cast
+
 import torch
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.nn import functional as F
 
 from diffveil_export.reference.recognizer import FaceRecognizer
 
-__all__ = ["FaceJudge"]
+__all__ = ["FaceJudge", "GradeHeads"]
 
-_PLACES = 4  # weighted means over the face, beside its most conspicuous spot
+_SIDE = 7  # to which every feature map is brought
+_PLACES = 4  # weighted sums over the face
 
 
-class _Conv(nn.Module):
-    """Convolution, batch normalisation, SiLU."""
-
-    def __init__(self, in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> None:
+class _Head(nn.Module):
+    def __init__(self, widths: Sequence[int], width: int, drop: float) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
-        self.norm: nn.Module = nn.BatchNorm2d(out_channels)
+        self.reduce = nn.ModuleList(nn.Conv2d(w, width, 1) for w in widths)
+        self.drop = nn.Dropout2d(drop)
+        self.mix = nn.Conv2d(width * len(widths), 2 * width, 3, padding=1)
+        places = 1 + 0.5 * torch.randn(_PLACES, _SIDE**2)
+        self.places = nn.Parameter(places / _SIDE**2)
+        self.forget = nn.Dropout(drop)
+        self.grade = nn.Linear(2 * width * _PLACES, 1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.silu(self.norm(self.conv(x)))
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        pairs = zip(self.reduce, features, strict=True)
+        x = torch.cat([_brought(F.silu(reduce(f))) for reduce, f in pairs], 1)
+        x = F.silu(self.mix(self.drop(x))).flatten(2)
+        sums = torch.einsum("bcp,kp->bkc", x, self.places).flatten(1)
+        grade: torch.Tensor = self.grade(self.forget(sums)).squeeze(1)
+        return grade
 
-    def fuse(self) -> None:
-        if isinstance(self.norm, nn.BatchNorm2d):
-            self.conv = fuse_conv_bn_eval(self.conv, self.norm)
-            self.norm = nn.Identity()
+
+def _brought(x: torch.Tensor) -> torch.Tensor:
+    """To 7×7: means of neighbours, or in between them."""
+    if x.shape[-1] > _SIDE and x.shape[-1] % _SIDE == 0:
+        return F.avg_pool2d(x, x.shape[-1] // _SIDE)
+    return F.interpolate(x, size=(_SIDE, _SIDE), mode="bilinear", align_corners=False)
+
+
+class GradeHeads(nn.Module):
+    """How natural faces look, by a network's features of them: several heads, one opinion.
+
+    Args:
+        widths: Channels of the feature maps.
+        heads: How many, each with its own idea of what matters.
+        width: Channels to which a head reduces each map.
+        drop: Share of channels that a head does without while it learns.
+    """
+
+    def __init__(
+        self, widths: Sequence[int], heads: int = 4, width: int = 24, drop: float = 0.3
+    ) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(_Head(widths, width, drop) for _ in range(heads))
+        for i, channels in enumerate(widths):
+            self.register_buffer(f"mean{i}", torch.zeros(channels))
+            self.register_buffer(f"scale{i}", torch.ones(channels))
+        self._fused = False
+
+    def measure(self, features: Sequence[torch.Tensor]) -> None:
+        """Let the heads know what features [B, C, s, s] of faces are like."""
+        for i, maps in enumerate(features):
+            self.get_buffer(f"mean{i}").copy_(maps.mean((0, 2, 3)))
+            self.get_buffer(f"scale{i}").copy_(1 / maps.std((0, 2, 3)).clamp(min=1e-3))
+
+    def opinions(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log-odds of naturalness [heads, B] of faces with features [B, C, s, s]."""
+        if not self._fused:
+            features = [self._alike(i, maps) for i, maps in enumerate(features)]
+        return torch.stack([head(features) for head in self.heads])
+
+    def forward(self, features: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Log-odds of naturalness [B], the mean of all heads'."""
+        return self.opinions(features).mean(0)
+
+    @torch.no_grad()
+    def fuse(self) -> GradeHeads:
+        """Let the heads take features as they come, in place; for inference only."""
+        for head in self.heads:
+            for i, layer in enumerate(cast(_Head, head).reduce):
+                conv = cast(nn.Conv2d, layer)
+                assert conv.bias is not None
+                conv.weight.mul_(self.get_buffer(f"scale{i}")[:, None, None])
+                conv.bias.sub_(conv.weight[:, :, 0, 0] @ self.get_buffer(f"mean{i}"))
+        for name, buffer in self.named_buffers():
+            buffer.fill_(float(name.startswith("scale")))
+        self._fused = True
+        return self.eval()
+
+    def _alike(self, i: int, maps: torch.Tensor) -> torch.Tensor:
+        mean, scale = (self.get_buffer(f"{name}{i}")[:, None, None] for name in ("mean", "scale"))
+        return (maps.float() - mean) * scale
 
 
 class FaceJudge(nn.Module):
     """Aligned face crops to how natural the faces in them look.
 
-    The trunk is the lower part of a `FaceRecognizer`, whose weights it begins with: such features
-    already know eyes, noses and mouths.
+    It sees with a recognizer's eyes, which already know eyes, noses and mouths: a bundle that has
+    the recognizer stores little more for it.
 
     Args:
-        margin: Pixels cut from each side of the crop; what remains is ArcFace's 112×112 framing.
-        size: Side of the framing in pixels.
-        widths: Channels at size/4 and size/8.
-        blocks: Residual blocks at the same resolutions.
-        width: Channels after the trunk.
+        recognizer: Fused; its layers are used as they are.
     """
 
-    def __init__(
-        self,
-        margin: int = 8,
-        size: int = 112,
-        widths: tuple[int, int] = (96, 192),
-        blocks: tuple[int, int] = (2, 2),
-        width: int = 96,
-    ) -> None:
+    def __init__(self, recognizer: FaceRecognizer) -> None:
         super().__init__()
-        self.margin, self.size = margin, size
-        lower = FaceRecognizer(margin, size, (*widths, 8), (*blocks, 0), 8)
-        self.trunk = lower.features[: 3 + sum(blocks)]
-        self.body = nn.Sequential(
-            nn.Dropout2d(0.1),
-            _Conv(widths[1], width, 1),
-            _Conv(width, width, 3, 2),
-            _Conv(width, width, 3),
-        )
-        side = size // 16
-        self.places = nn.Parameter(torch.zeros(_PLACES, side * side))
-        self.drop = nn.Dropout(0.4)
-        self.head = nn.Linear((_PLACES + 1) * width, 1)
+        self.margin, self.size = recognizer.margin, recognizer.size
+        self.trunk = recognizer.features.requires_grad_(False)
+        widths, blocks = (cast(list[int], recognizer.config[k]) for k in ("widths", "blocks"))
+        last = len(self.trunk) - 1
+        self._seen = (last - blocks[-1] - 1, last)  # what size/8 and size/16 end in
+        self.heads = GradeHeads(widths[1:])
 
-    def logits(self, image: torch.Tensor) -> torch.Tensor:
-        """Log-odds [B] of naturalness, for training; arguments are those of `forward`."""
+    def features(self, image: torch.Tensor) -> list[torch.Tensor]:
+        """What the heads look at, each [B, C, s, s], of crops [B, 3, S, S] in [-1, 1]."""
         start, stop = self.margin, self.margin + self.size
-        x = self.body(self.trunk(image[:, :, start:stop, start:stop])).flatten(2)
-        means = torch.einsum("bcp,kp->bkc", x, self.places.softmax(1)).flatten(1)
-        pooled = torch.cat([means, x.amax(2)], 1)
-        logits: torch.Tensor = self.head(self.drop(pooled)).squeeze(1)
-        return logits
+        x, seen = image[:, :, start:stop, start:stop], []
+        for i, layer in enumerate(self.trunk):
+            x = layer(x)
+            if i in self._seen:
+                seen.append(x)
+        return seen
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Naturalness [B], 0 … 1, of crops [B, 3, S, S] in [-1, 1]."""
-        return self.logits(image).sigmoid()
-
-    def begin_with(self, recognizer: FaceRecognizer) -> None:
-        """Take over the weights of a fused recognizer's lower layers; the trunk is fused then."""
-        for mine, theirs in zip(
-            self.trunk.children(), recognizer.features.children(), strict=False
-        ):
-            for name, module in theirs.named_children():
-                setattr(mine, name, module)
+        return self.heads(self.features(image)).sigmoid()  # type: ignore[no-any-return]
 
     def fuse(self) -> FaceJudge:
-        """Fold every batch normalisation into its convolution, in place; for inference only."""
-        self.eval()
-        for module in self.modules():
-            if isinstance(module, _Conv):
-                module.fuse()
-        return self
+        """Fuse its heads, in place; for inference only."""
+        self.heads.fuse()
+        return self.eval()

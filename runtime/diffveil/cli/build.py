@@ -75,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=("folded", "stored"),
         default="folded",
         help="folded: weights in the dtype that is computed with; stored: int8 weights stay int8 "
-        "in the engine, which is smaller (default: %(default)s)",
+        "in the engine, which is smaller; those in four bits are restored (default: %(default)s)",
     )
     how.add_argument("--memory", metavar="MiB", type=int, help="most scratch memory of an engine")
     how.add_argument("--refittable", action="store_true", help="weights can be replaced later")

@@ -204,8 +204,8 @@ def session_options(threads: int | None) -> Any:
     options.log_severity_level = 3  # errors only: warnings speak to graph authors
     # The arena keeps the largest batch ever seen, for each program: hundreds of megabytes.
     options.enable_cpu_mem_arena = False
-    # Weights are stored in int8 or fp16 to keep bundles small, and computed with in fp32:
-    # without this ONNX Runtime would keep DequantizeLinear nodes and run them every call.
+    # Weights are stored in few bits to keep bundles small, and computed with in fp32: without
+    # this ONNX Runtime would keep DequantizeLinear nodes and run them every call.
     options.add_session_config_entry("session.disable_quant_qdq", "1")
     # Threads that spin between calls steal the CPU from the application around us.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
