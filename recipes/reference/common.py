@@ -167,13 +167,6 @@ class Average(Generic[_Network]):
         floating = [k for k in mine if mine[k].is_floating_point()]
         torch._foreach_lerp_([mine[k] for k in floating], [theirs[k] for k in floating], 1 - decay)
 
-    @torch.no_grad()
-    def mix(self, weights: dict[str, torch.Tensor], share: float) -> None:
-        """Take over a share of other weights of the same network."""
-        for name, mine in self.network.state_dict().items():
-            if mine.is_floating_point():
-                mine.lerp_(weights[name], share)
-
 
 class Clock:
     """Wall-clock training budget: the learning rate follows the share of it already spent.

@@ -4,9 +4,9 @@
 
 Needs the faces that prepare.py gathered, and a bundle. Faces come out as the preset draws them at
 first, nobody having looked at them. Writes a folder `grading/VERB-SEED` with, for every 48 faces,
-`NNN.npz` (`drawn`, float16 [48, 3, 128, 128] in [-1, 1], put into their photos; `own`, the same
-photos with what the autoencoder makes of their own faces; `rows` of `train.npy`) and `NNN.png`, the
-sheet; and `drawn.json`, what they were drawn by. Sheets that are there are kept.
+`NNN.npz` (`drawn`, float16 [48, 3, 128, 128] in [-1, 1], put into their photos; `rows` of
+`train.npy`) and `NNN.png`, the sheet; and `drawn.json`, what they were drawn by. Sheets that are
+there are kept.
 
 How to grade: look at the face between brows and chin, not at what is around it.
     0  broken: at a glance an eye, nose or mouth is missing, doubled, smeared or out of its place
@@ -128,14 +128,11 @@ def main() -> None:
                 faces = operations.prepare(np.stack(crops), np.stack(landmarks))
                 keys = [NoiseKey.from_seed(1_000_000 * args.seed + start + i) for i in range(SHEET)]
                 drawn = getattr(operations, args.verb)(faces, plan, keys=keys)[:, 0]
-                own = programs.decode(latent=faces.latents).clip(-1, 1)
-                placed, trip = (
-                    (faces.crops + faces.pixel_masks * (new - faces.crops)).astype(np.float16)
-                    for new in (drawn, own)
-                )
+                whole = faces.crops + faces.pixel_masks * (drawn - faces.crops)
+                placed = whole.astype(np.float16)
                 sheet(placed.astype(np.float32), start).save(file.with_suffix(".png"))
                 with file.with_suffix(".partial").open("wb") as stream:
-                    np.savez(stream, drawn=placed, own=trip, rows=np.array(rows))
+                    np.savez(stream, drawn=placed, rows=np.array(rows))
                 file.with_suffix(".partial").replace(file)
             bar(min(start + SHEET, args.count), args.count)
 
