@@ -15,9 +15,9 @@ from diffveil_export.bundle_writer import ProgramFacts, copy_bundle, staged_fold
 from diffveil_export.cost import program_cost
 from diffveil_export.exporter import WEIGHTS_FILE
 from diffveil_export.golden import golden_outputs
-from diffveil_export.joining import enter_checked, opset_of, round_joined, save_with_weights
-from diffveil_export.lower import lower
-from diffveil_export.storage import StoredWeights, WeightStorage
+from diffveil_export.joining import enter_checked, opset_of, save_with_weights
+from diffveil_export.lower import INT4_OPSET, lower
+from diffveil_export.storage import StoredWeights, WeightStorage, round_weights
 from diffveil_export.verify import random_inputs
 
 __all__ = ["add_judge"]
@@ -48,7 +48,7 @@ def add_judge(
             stored again.
         target: Folder to create; the bundle's own with `force`.
         origin: What the judge was trained on; joins the bundle's provenance.
-        weights: How the program's weights are stored.
+        weights: How the program's weights are stored. A judge has no use for more than four bits.
         force: Replace a bundle that is already there.
 
     Raises:
@@ -58,11 +58,12 @@ def add_judge(
     d = bundle.dimensions
     bundle.verify(full=True)
     judge = judge.eval().requires_grad_(False)
-    round_joined(judge, weights)
+    round_weights(judge, weights)
     with staged_folder(target, force=force) as folder:
         copy_bundle(bundle, folder, without=[_DATA])
         inputs = random_inputs(_SPEC, d, 2, torch.Generator().manual_seed(_EXAMPLE_SEED))
-        model = lower(judge, _SPEC, inputs, opset=opset_of(bundle))
+        opset = INT4_OPSET if weights == "int4" else opset_of(bundle)
+        model = lower(judge, _SPEC, inputs, opset=opset)
         cost = program_cost(model)
         shared = StoredWeights.of(folder / WEIGHTS_FILE, [bundle.program_path("recognize")])
         data = save_with_weights(model, folder / "assess.onnx", _DATA, weights, shared)

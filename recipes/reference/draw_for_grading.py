@@ -12,8 +12,11 @@ How to grade: look at the face between brows and chin, not at what is around it.
     0  broken: at a glance an eye, nose or mouth is missing, doubled, smeared or out of its place
     1  doubtful: odd on a second look, yet a face
     2  good: passes as a small photograph of somebody
+With `--draws 8` every row of a sheet is one photo's face, drawn eight times: such grades tell a
+judge what makes one draw better than another of the same photo.
 `grades.json` holds the grades: for each such folder what it was drawn by, and for each grader one
-string of digits, a digit a face, with a dot where none was given.
+string of digits, a digit a face, with a dot where none was given; `best` is the highest digit where
+it is not 2, as for grades in halves, which are written down twofold.
 """
 
 from __future__ import annotations
@@ -49,13 +52,16 @@ _COLUMNS, _CELL = 8, (138, 152)
 _CELEBA = 0.6  # share of faces that stand in a whole photo; others are mirrored at their borders
 
 
-def described(bundle: Bundle, verb: str, name: str, plan: Plan, seed: int) -> dict[str, Any]:
+def described(
+    bundle: Bundle, verb: str, name: str, plan: Plan, seed: int, draws: int
+) -> dict[str, Any]:
     """What decides how the faces look, so that grades are not taken for other faces'."""
     few = bundle.manifest.programs.get("denoise_few", bundle.program("denoise"))
     weights = {name: bundle.manifest.files[name].sha256 for name in few.data}
     text = json.dumps([repr(plan), few.file.sha256, weights], sort_keys=True)
     digest = hashlib.sha256(text.encode()).hexdigest()
-    return {"verb": verb, "preset": name, "seed": seed, "drawn_by": digest}
+    facts = {"verb": verb, "preset": name, "seed": seed, "drawn_by": digest}
+    return facts if draws == 1 else facts | {"draws": draws}
 
 
 def rows_to_draw(names: list[str], seed: int) -> Iterator[int]:
@@ -108,13 +114,16 @@ def main() -> None:
     parser.add_argument("--preset", default="fast")
     parser.add_argument("--count", type=int, default=960, help="faces (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--draws", type=int, default=1, help="of each photo, one after another")
     args = parser.parse_args()
+    if args.draws < 1 or SHEET % args.draws:
+        parser.error(f"--draws is {args.draws}, expected a divisor of {SHEET}, faces of a sheet")
 
     bundle = Bundle.load(args.bundle)
     plan = replace(getattr(preset(args.preset), args.verb), accept=None, natural=0.0, redraws=0)
     folder = args.work / "grading" / f"{args.verb}-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
-    facts = described(bundle, args.verb, args.preset, plan, args.seed)
+    facts = described(bundle, args.verb, args.preset, plan, args.seed, args.draws)
     (folder / "drawn.json").write_text(json.dumps(facts, indent=1) + "\n")
 
     names = load_names(args.work)
@@ -122,7 +131,9 @@ def main() -> None:
     with ProgressBar("faces") as bar, Programs(bundle, ONNXRuntimeCPU()) as programs:
         operations = FaceOperations(programs)
         for start in range(0, args.count, SHEET):
-            rows, crops, landmarks = zip(*(next(cuts) for _ in range(SHEET)), strict=True)
+            one_each = [next(cuts) for _ in range(SHEET // args.draws)]
+            several = (cut for cut in one_each for _ in range(args.draws))
+            rows, crops, landmarks = zip(*several, strict=True)
             file = folder / f"{start // SHEET:03d}.npz"
             if not file.exists():
                 faces = operations.prepare(np.stack(crops), np.stack(landmarks))

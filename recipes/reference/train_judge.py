@@ -1,19 +1,21 @@
 """Train judges of drawn faces on grades that were given by eye; one joins a bundle, one teaches.
 
-    python recipes/reference/train_judge.py --work .work/reference --teacher TEACHER.pt
+    python recipes/reference/train_judge.py --work .work/reference --minutes 12 --teacher TEACHER.pt
     python recipes/reference/train_judge.py --bundle BUNDLE -o BUNDLE --force    # into a bundle
 
 Needs `recognizer.pt`, `grades.json` beside this script, and the faces that draw_for_grading.py
-drew. Small heads upon a frozen recognizer's features learn the mean grade of a face. The bundle's
-judge, `judge.pt`, sees with the bundle's recognizer; the eye, `eye.pt`, which train_stranger.py
-asks, with the teacher, whose features tell grades better. Faces of one row in five of the training
-faces are not learned from: what is printed is measured on them. With --all the judges that are
-written learned from those as well.
+drew. Small heads upon a frozen recognizer's features learn the mean grade of a face: upon the
+teacher's they are the eye, `eye.pt`, which train_stranger.py asks; upon those of the bundle's
+recognizer they become the judge, whose copy of the recognizer then learns along for --minutes.
+With a teacher it learns as well what eyes that saw the other half of the photos say: a grade is
+one opinion, and these say what grades have in common. Writes `judge.pt`, and
+`judge-training.ckpt`, a checkpoint, which is gone on from. Faces of one row in five of the training
+faces are not learned from: what is printed is measured on them. With --all what is written learned
+from those as well.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable
@@ -25,7 +27,16 @@ import torch
 from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).parent))
-from common import load_recognizer, load_weights, save_checkpoint
+from common import (
+    Clock,
+    Run,
+    backward,
+    load_recognizer,
+    load_weights,
+    mixed_precision,
+    save_checkpoint,
+    training_arguments,
+)
 from teacher import Teacher
 
 from diffveil.bundle import Bundle
@@ -35,7 +46,8 @@ from diffveil_export.reference.judge import FaceJudge, GradeHeads
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 _GRADES = Path(__file__).with_name("grades.json")
-_BEST = 2  # the highest grade
+_BEST = 2  # the highest grade, where the file names no other
+_HEARSAY = 0.4  # share of what others say of a face in what the judge is to think of it
 _BROKEN = 0.25  # mean grade, as a share of the best, at which a face counts as broken
 
 Views = list[list[torch.Tensor]]
@@ -44,11 +56,32 @@ Views = list[list[torch.Tensor]]
 
 @dataclass(frozen=True)
 class Graded:
-    """Drawn faces, float16 [N, 3, 128, 128]; mean grades, 0 … 1, and which are held out, [N]."""
+    """Drawn faces, their grades, and whose they are.
+
+    Attributes:
+        faces: Float16 [N, 3, 128, 128] in [-1, 1].
+        grades: Mean grades, float32 [N], 0 … 1.
+        rows: Training faces whose place they take, int [N].
+        sheets: Numbers of the folders that they were drawn into, int [N].
+    """
 
     faces: torch.Tensor
     grades: torch.Tensor
-    held_out: np.ndarray
+    rows: np.ndarray
+    sheets: np.ndarray
+
+    @property
+    def held_out(self) -> np.ndarray:
+        """Which are only measured on, bool [N]."""
+        left_out: np.ndarray = self.rows % 5 == 0
+        return left_out
+
+    @property
+    def photos(self) -> np.ndarray:
+        """The same number for all draws of one photo into one folder, int [N]."""
+        both = np.stack([self.sheets, self.rows])
+        numbers: np.ndarray = np.unique(both, axis=1, return_inverse=True)[1]
+        return numbers
 
 
 def load_graded(work: Path, file: Path) -> Graded:
@@ -58,7 +91,8 @@ def load_graded(work: Path, file: Path) -> Graded:
         SystemExit: Faces were drawn by something else than what was graded.
     """
     parts: dict[str, list[np.ndarray]] = {"drawn": [], "rows": []}
-    means = []
+    means: list[np.ndarray] = []
+    sheets: list[np.ndarray] = []
     for entry in json.loads(file.read_text()):
         facts, strings = entry["drawn"], entry["grades"]
         folder = work / "grading" / f"{facts['verb']}-{facts['seed']}"
@@ -70,10 +104,11 @@ def load_graded(work: Path, file: Path) -> Graded:
         drawn = [np.load(file) for file in sorted(folder.glob("*.npz"))]
         given = np.array([[float(c) if c.isdigit() else np.nan for c in s] for s in strings])
         counted = (~np.isnan(given)).sum(0)
-        mean = np.nansum(given, 0) / np.maximum(counted, 1) / _BEST
+        mean = np.nansum(given, 0) / np.maximum(counted, 1) / entry.get("best", _BEST)
         mean[counted == 0] = np.nan
         for name, part in parts.items():
             part.append(np.concatenate([d[name] for d in drawn])[: len(mean)])
+        sheets.append(np.full(len(parts["rows"][-1]), len(sheets)))
         means.append(mean[: len(parts["rows"][-1])])
     if not means:
         sys.exit("no graded faces: run draw_for_grading.py first")
@@ -81,13 +116,13 @@ def load_graded(work: Path, file: Path) -> Graded:
     known = ~np.isnan(grades)
     faces, rows = (np.concatenate(part)[known] for part in parts.values())
     graded = torch.from_numpy(grades[known]).float()
-    return Graded(torch.from_numpy(faces), graded, rows % 5 == 0)
+    return Graded(torch.from_numpy(faces), graded, rows, np.concatenate(sheets)[known])
 
 
 def load_judge(work: Path) -> FaceJudge:
     """The judge that training left, ready to be asked."""
     judge = FaceJudge(load_recognizer(work).fuse())
-    judge.heads.load_state_dict(load_weights(work / "judge.pt"))
+    judge.load_state_dict(load_weights(work / "judge.pt"))
     return judge.eval().requires_grad_(False)
 
 
@@ -136,29 +171,106 @@ def area(scores: np.ndarray, positive: np.ndarray) -> float:
     return float((ranks[positive].sum() - count * (count - 1) / 2) / (count * (~positive).sum()))
 
 
-def learned(
-    name: str,
-    see: Callable[[torch.Tensor], list[torch.Tensor]],
-    graded: Graded,
-    steps: int,
-    *,
-    everything: bool,
-) -> GradeHeads:
-    """Heads upon what is seen; prints how well they grade faces that they did not learn from."""
-    seen, held = views(see, graded.faces), torch.from_numpy(graded.held_out)
-    heads = trained(seen, graded.grades, np.flatnonzero(~graded.held_out), steps)
-    with torch.no_grad():
-        scores = heads([maps[held] for maps in seen[0]]).numpy()
-    wish = graded.grades[held].numpy()
+def within(scores: np.ndarray, grades: np.ndarray, photos: np.ndarray) -> float:
+    """Correlation of scores and grades among draws of one photo; NaN where no two are of one."""
+    _, photo, count = np.unique(photos, return_inverse=True, return_counts=True)
+    several = count[photo] > 1
+
+    def apart(values: np.ndarray) -> np.ndarray:
+        """Less their photo's mean."""
+        return (values - (np.bincount(photo, values) / count)[photo])[several]
+
+    return float(np.corrcoef(apart(scores), apart(grades))[0, 1]) if several.any() else np.nan
+
+
+def report(name: str, scores: np.ndarray, graded: Graded) -> None:
+    """Print how well scores [N] order faces of which none was learned from."""
+    held = graded.held_out
+    wish, scores, photos = graded.grades.numpy()[held], scores[held], graded.photos[held]
     broken = wish <= _BROKEN
     kept = scores > np.quantile(scores, 0.25)
     print(
         f"{name}: area {area(-scores, broken):.3f}, correlation"
-        f" {np.corrcoef(scores, wish)[0, 1]:.3f}, broken {broken.mean():.3f}, of the upper three"
+        f" {np.corrcoef(scores, wish)[0, 1]:.3f}, among draws of one photo"
+        f" {within(scores, wish, photos):.3f}, broken {broken.mean():.3f}, of the upper three"
         f" quarters {broken[kept].mean():.3f}; {len(wish)} faces",
         flush=True,
     )
-    return trained(seen, graded.grades, np.arange(len(held)), steps) if everything else heads
+
+
+@torch.no_grad()
+def opinions(heads: GradeHeads, seen: Views) -> np.ndarray:
+    """Naturalness, 0 … 1, of faces and their mirror images taken together: float32 [N]."""
+    odds = [
+        torch.cat([heads(part) for part in zip(*(torch.split(m, 256) for m in maps), strict=True)])
+        for maps in seen
+    ]
+    both: np.ndarray = torch.stack(odds).mean(0).sigmoid().numpy()
+    return both
+
+
+def learned(
+    name: str, seen: Views, graded: Graded, rows: np.ndarray, steps: int
+) -> tuple[GradeHeads, np.ndarray]:
+    """Heads upon what is seen, that learned from `rows`, and what others say of every face.
+
+    Two other heads each learned from the photos of one half, and speak about the other half.
+    """
+    heads = trained(seen, graded.grades, rows, steps)
+    half = graded.rows % 2
+    said = np.empty(len(half), np.float32)
+    for side in (0, 1):
+        other = trained(seen, graded.grades, rows[half[rows] != side], steps)
+        said[half == side] = opinions(other, seen)[half == side]
+    report(name, said, graded)
+    return heads, said
+
+
+def learn_along(
+    judge: FaceJudge,
+    graded: Graded,
+    wish: torch.Tensor,
+    rows: np.ndarray,
+    run: Run,
+    optimizer: torch.optim.Optimizer,
+    batch: int,
+) -> None:
+    """Train all of a judge on faces `rows` that are shifted, mirrored and lit at random.
+
+    Args:
+        judge: Heads that have learned, and what they see with.
+        graded: The faces.
+        wish: Naturalness that they are to have, [N], 0 … 1.
+        rows: Those to learn from.
+        run: Says how long.
+        optimizer: Of the judge's parameters.
+        batch: Faces a step.
+    """
+    rng = np.random.default_rng(run.step)
+    several = np.bincount(graded.photos)[graded.photos[rows]] > 1  # these tell draws apart
+    likely = (1.0 + several) / (1.0 + several).sum()
+    losses: list[float] = []
+    judge.requires_grad_(True).train()
+    while run.begin_step(optimizer):
+        some = torch.from_numpy(rng.choice(rows, batch, p=likely))
+        faces = graded.faces[some].float()
+        if rng.random() < 0.5:
+            faces = faces.flip(3)
+        faces = faces.roll(tuple(rng.integers(-3, 4, 2).tolist()), (2, 3))
+        faces = faces * rng.uniform(0.85, 1.15) + rng.uniform(-0.1, 0.1)
+        with mixed_precision("cpu"):
+            maps = judge.features(faces.contiguous(memory_format=torch.channels_last))
+        odds = judge.heads.opinions([m.float() for m in maps])
+        loss = F.binary_cross_entropy_with_logits(odds, wish[some].expand_as(odds)) * len(odds)
+        backward(loss, optimizer, judge)
+        losses.append(loss.item() / len(odds))
+        run.step += 1
+        if run.step % 100 == 0:
+            run.log(loss=float(np.mean(losses[-100:])))
+        if run.step % 500 == 0:
+            run.save()
+    run.save()
+    judge.requires_grad_(False).eval()
 
 
 @torch.no_grad()
@@ -172,10 +284,9 @@ def same(recognizer: FaceRecognizer, bundle: Bundle) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
+    parser = training_arguments(__doc__, minutes=12, batch=48, rate=2e-4)
     parser.add_argument("--grades", type=Path, default=_GRADES)
-    parser.add_argument("--steps", type=int, default=800)
+    parser.add_argument("--steps", type=int, default=2000, help="of the heads alone")
     parser.add_argument("--all", action="store_true", help="learn from the held-out fifth as well")
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer: train the eye too")
     parser.add_argument("--bundle", default="runtime/diffveil/bundles/reference-128")
@@ -184,21 +295,42 @@ def main() -> None:
     args = parser.parse_args()
 
     graded = load_graded(args.work, args.grades)
+    rows = np.flatnonzero(np.ones(len(graded.rows), bool) if args.all else ~graded.held_out)
+    wish = graded.grades
     if args.teacher:
-        see = Teacher(args.teacher).features
-        eye = learned("eye", see, graded, args.steps, everything=args.all)
+        seen = views(Teacher(args.teacher).features, graded.faces)
+        eye, said = learned("eye", seen, graded, rows, args.steps)
         save_checkpoint(args.work / "eye.pt", eye.state_dict())
+        wish = (1 - _HEARSAY) * wish + _HEARSAY * torch.from_numpy(said)
     bundle = Bundle.load(args.bundle) if args.output else None
     recognizer = load_recognizer(args.work).fuse()
     if bundle is not None and not same(recognizer, bundle):
         sys.exit(f"{args.work}/recognizer.pt is not the recognizer of {args.bundle}: unpack.py")
     judge = FaceJudge(recognizer)
-    judge.heads = learned("judge", judge.features, graded, args.steps, everything=args.all)
-    save_checkpoint(args.work / "judge.pt", judge.heads.state_dict())
+    judge.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    judge.heads, said = learned(
+        "heads", views(judge.features, graded.faces), graded, rows, args.steps
+    )
+    if not args.teacher:
+        wish = (1 - _HEARSAY) * wish + _HEARSAY * torch.from_numpy(said)
+    groups = [
+        {"params": judge.trunk.parameters(), "weight_decay": 0.05},
+        {"params": judge.heads.parameters(), "weight_decay": 0.1, "pace": 2.5},
+    ]
+    optimizer = torch.optim.AdamW(groups)
+    clock = Clock(args.minutes, args.rate)
+    run = Run(args.work / "judge-training.ckpt", {"network": judge, "optimizer": optimizer}, clock)
+    learn_along(judge, graded, wish, rows, run, optimizer, args.batch)
+    if not args.all:
+        with torch.no_grad():
+            scores = [judge(part.float()) for part in torch.split(graded.faces, 64)]
+        report("judge", torch.cat(scores).numpy(), graded)
+    save_checkpoint(args.work / "judge.pt", judge.state_dict())
     if bundle is not None:
-        count = len(graded.grades) if args.all else int((~graded.held_out).sum())
-        origin = f"recipes/reference: {count} drawn faces that were graded by eye"
-        judged = add_judge(bundle, judge.fuse(), args.output, origin=origin, force=args.force)
+        origin = f"recipes/reference: {len(rows)} drawn faces that were graded by eye"
+        judged = add_judge(
+            bundle, judge.fuse(), args.output, origin=origin, weights="int4", force=args.force
+        )
         print(f"wrote {judged.path}: {origin}")
 
 

@@ -27,7 +27,7 @@ from common import save_change, save_checkpoint
 from diffveil.bundle import Bundle
 from diffveil_export.models.embedded import load_embedded
 from diffveil_export.passes.fold_weights import FoldWeights
-from diffveil_export.reference.judge import GradeHeads
+from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 State = dict[str, torch.Tensor]
@@ -40,23 +40,21 @@ def unfused(fused: FaceRecognizer) -> FaceRecognizer:
     return network
 
 
-def unpacked_heads(bundle: Bundle) -> State:
-    """Weights of the heads of the judge that `assess` computes."""
+def unpacked_judge(bundle: Bundle, recognizer: FaceRecognizer) -> State:
+    """Weights of the judge that `assess` computes; it sees with a copy of a recognizer."""
     model = ir.load(bundle.program_path("assess"))
     FoldWeights()(model)
     found = {
-        name.removesuffix(".f32.folded").removeprefix("heads."): value.const_value.numpy()
+        name.removesuffix(".f32.folded"): value.const_value.numpy()
         for name, value in model.graph.initializers.items()
         if value.const_value is not None
     }
-    first = "heads.0.reduce.{}.weight"
-    widths = [found[first.format(i)].shape[1] for i in range(2)]
-    # What normalises features is part of the heads' first layers by now.
-    idle = GradeHeads(widths).state_dict()
-    return {
-        name: value if name[:-1] in ("mean", "scale") else torch.from_numpy(np.array(found[name]))
-        for name, value in idle.items()
-    }
+    state = {}
+    for name, value in FaceJudge(recognizer).state_dict().items():
+        # What normalises features is part of the heads' first layers by now.
+        idle = name.startswith(("heads.mean", "heads.scale"))
+        state[name] = value if idle else torch.from_numpy(np.array(found[name]))
+    return state
 
 
 def with_idle_norms(fused: State, target: State) -> State:
@@ -114,7 +112,7 @@ def main(argv: list[str] | None = None) -> None:
         "recognizer.pt": unfused(recognizer).state_dict(),
     }
     if "assess" in bundle.manifest.programs:
-        states["judge.pt"] = unpacked_heads(bundle)
+        states["judge.pt"] = unpacked_judge(bundle, recognizer)
     for name, state in states.items():
         if (args.work / name).exists():
             print(f"{name} is there already: left alone")

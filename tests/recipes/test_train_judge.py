@@ -13,9 +13,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
 
-from common import chances
+from common import Clock, Run, chances
 from draw_for_grading import rows_to_draw
-from train_judge import area, load_graded, trained
+from train_judge import Graded, area, learn_along, learned, load_graded, trained, within
+
+from diffveil_export.reference.judge import FaceJudge
+from diffveil_export.reference.recognizer import FaceRecognizer
 
 FACTS = {"verb": "hide", "preset": "fast", "seed": 3, "drawn_by": "abc"}
 
@@ -58,6 +61,28 @@ def test_grades_of_other_faces_are_refused(tmp_path: Path) -> None:
         load_graded(tmp_path, file)
 
 
+def test_grades_in_halves_count_as_much(tmp_path: Path) -> None:
+    file = graded_folder(tmp_path, ["012344"])
+    entry = json.loads(file.read_text())[0]
+    file.write_text(json.dumps([entry | {"best": 4}]))
+    assert load_graded(tmp_path, file).grades.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+
+
+def test_draws_are_compared_with_those_of_their_photo() -> None:
+    rng = np.random.default_rng()
+    photos = np.repeat(rng.permutation(20), 5)
+    easy, better = rng.standard_normal(20)[photos], rng.standard_normal(100)
+    assert within(easy * 7 + better, better - 3 * easy, photos) == pytest.approx(1)
+    assert np.isnan(within(better, easy, np.arange(100)))
+
+
+def test_photos_are_told_apart_by_folder() -> None:
+    rows, sheets = np.array([7, 7, 7, 9]), np.array([0, 0, 1, 0])
+    photos = Graded(torch.zeros(4, 1), torch.zeros(4), rows, sheets).photos
+    assert photos[0] == photos[1]
+    assert len(set(photos)) == 3
+
+
 def test_without_faces_it_says_what_to_do(tmp_path: Path) -> None:
     file = tmp_path / "grades.json"
     file.write_text(json.dumps([{"drawn": FACTS, "grades": ["0"]}]))
@@ -87,8 +112,9 @@ def test_the_grades_that_ship_are_grades() -> None:
     for entry in json.loads(file.read_text()):
         lengths = {len(grades) for grades in entry["grades"]}
         assert len(lengths) == 1
-        assert set("".join(entry["grades"])) <= set("012.")
-        assert set(entry["drawn"]) == set(FACTS)
+        digits = "".join(map(str, range(entry.get("best", 2) + 1)))
+        assert set("".join(entry["grades"])) <= set(digits + ".")
+        assert set(entry["drawn"]) - {"draws"} == set(FACTS)
 
 
 def test_heads_learn_what_the_grades_are_about() -> None:
@@ -103,6 +129,52 @@ def test_heads_learn_what_the_grades_are_about() -> None:
     with torch.no_grad():
         found = heads([maps[:100], other[:100]]).numpy()
     assert np.corrcoef(found, grades[:100].numpy())[0, 1] > 0.8
+
+
+def test_others_speak_of_photos_that_they_have_not_seen(capsys: pytest.CaptureFixture[str]) -> None:
+    """Grades that nothing shows: who learned them by heart would know them."""
+    rng = np.random.default_rng(0)
+    maps = torch.from_numpy(rng.standard_normal((200, 4, 7, 7)).astype(np.float32))
+    grades = torch.from_numpy(rng.random(200).astype(np.float32))
+    rows = np.arange(200)
+    graded = Graded(torch.zeros(200, 1), grades, rows, np.zeros(200, int))
+    seen = [[maps, maps[:, :, :4, :4]]]
+    heads, said = learned("nobody", seen, graded, rows, 300)
+    with torch.no_grad():
+        own = heads(seen[0]).numpy()
+    assert np.corrcoef(own, grades.numpy())[0, 1] > 0.5
+    assert abs(np.corrcoef(said, grades.numpy())[0, 1]) < 0.3
+    assert capsys.readouterr().out.startswith("nobody: area")
+
+
+def test_what_a_judge_sees_with_learns_along(tmp_path: Path) -> None:
+    """Faces graded by how bright they are at one place; an interrupted run is gone on from."""
+    rng = np.random.default_rng(0)
+    faces = torch.from_numpy(rng.uniform(-0.2, 0.2, (64, 3, 128, 128)).astype(np.float16))
+    grades = torch.from_numpy((np.arange(64) % 2).astype(np.float32))
+    faces[1::2, :, 40:60, 40:60] += 0.7
+    graded = Graded(faces, grades, np.arange(64), np.zeros(64, int))
+
+    def judge_and_run(minutes: float) -> tuple[FaceJudge, Run, torch.optim.Optimizer]:
+        torch.manual_seed(0)
+        judge = FaceJudge(FaceRecognizer(8, 112, (8, 12, 16), (1, 1, 1), 5).fuse())
+        with torch.no_grad():
+            judge.heads.measure(judge.features(faces.float()))
+        optimizer = torch.optim.AdamW(judge.parameters())
+        parts = {"network": judge, "optimizer": optimizer}
+        return judge, Run(tmp_path / "judge.ckpt", parts, Clock(minutes, 0.02)), optimizer
+
+    judge, run, optimizer = judge_and_run(0.07)
+    before = judge.trunk[1].conv1.weight.clone()
+    learn_along(judge, graded, grades, np.arange(64), run, optimizer, 16)
+    assert run.step > 0
+    assert not torch.equal(judge.trunk[1].conv1.weight, before)
+    with torch.no_grad():
+        found = judge(faces.float()).numpy()
+    assert np.corrcoef(found, grades.numpy())[0, 1] > 0.8
+    again, resumed, _ = judge_and_run(0.07)
+    assert resumed.step == run.step
+    torch.testing.assert_close(again.state_dict(), judge.state_dict())
 
 
 def test_half_of_what_is_drawn_is_of_a_rare_kind() -> None:
