@@ -12,7 +12,6 @@ from torch import nn
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU
-from diffveil.errors import OptionError
 from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil.programs import Dimensions, ProgramSpec
 from diffveil_export.bundle_writer import ProgramFacts, enter_program
@@ -21,29 +20,17 @@ from diffveil_export.storage import (
     DataFile,
     StoredWeights,
     WeightStorage,
-    round_weights,
     shrink_initializers,
 )
 from diffveil_export.verify import check_program, require_parity
 
-__all__ = ["enter_checked", "opset_of", "round_joined", "save_with_weights"]
+__all__ = ["enter_checked", "opset_of", "save_with_weights"]
 
 
 def opset_of(bundle: Bundle) -> int:
     """ONNX operator set for what joins a bundle: its denoiser's, with which it may be fused."""
     denoiser = ir.load(bundle.program_path("denoise"))
     return INT4_OPSET if denoiser.opset_imports[""] == INT4_OPSET else OPSET
-
-
-def round_joined(module: nn.Module, weights: WeightStorage) -> None:
-    """Round a network that joins a bundle, in place, as `round_weights` does.
-
-    Raises:
-        OptionError: Four bits are asked for, or a weight cannot be stored.
-    """
-    if weights == "int4":
-        raise OptionError("weights: received 'int4', which is for the weights of a denoiser alone")
-    round_weights(module, weights)
 
 
 def save_with_weights(

@@ -44,11 +44,11 @@ def add_judge(
     Args:
         bundle: Any bundle; one that has the program gets it replaced.
         judge: Images [B, 3, S, S] in [-1, 1], S the bundle's image size, to naturalness [B], 0 … 1.
-            Its weights are rounded in place; those that it has in common with `recognize` are not
-            stored again.
+            Its weights are rounded in place; those that are stored as `recognize` stores them are
+            not stored again.
         target: Folder to create; the bundle's own with `force`.
         origin: What the judge was trained on; joins the bundle's provenance.
-        weights: How the program's weights are stored. A judge has no use for more than four bits.
+        weights: How the program's weights are stored. The embedded judge lost nothing by four bits.
         force: Replace a bundle that is already there.
 
     Raises:

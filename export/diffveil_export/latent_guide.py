@@ -22,10 +22,10 @@ from diffveil_export.bundle_writer import (
 )
 from diffveil_export.cost import program_cost
 from diffveil_export.gradient import trace_gradient
-from diffveil_export.joining import enter_checked, opset_of, round_joined, save_with_weights
+from diffveil_export.joining import enter_checked, opset_of, save_with_weights
 from diffveil_export.latent_recognizer import LatentRecognizer
 from diffveil_export.lower import lower
-from diffveil_export.storage import WeightStorage
+from diffveil_export.storage import WeightStorage, round_weights
 from diffveil_export.verify import random_inputs
 from diffveil_export.wrappers import Guide
 
@@ -80,7 +80,9 @@ def add_latent_guide(
         raise OptionError(f"the latent recognizer is for {given}, the bundle has {wanted}")
     bundle.verify(full=True)
     guide = latent_guide(student)
-    round_joined(guide, weights)
+    if weights == "int4":
+        raise OptionError("weights: received 'int4', in which no latent guide was ever tried")
+    round_weights(guide, weights)
     with staged_folder(target, force=force) as folder:
         copy_bundle(bundle, folder, without=[_DATA])
         _drop_step(folder)

@@ -5,7 +5,7 @@ checks and quality measurements see exactly the numbers that ship. `shrink_initi
 every ONNX weight the smallest form that reproduces it bit for bit, whatever transposing or folding
 happened to it in between, and `DataFile` writes equal weights of several programs once.
 
-    int4     for weights of a denoiser: one scale for every 32; `DequantizeLinear` restores float32
+    int4     for denoisers and judges: one scale for every 32; `DequantizeLinear` restores float32
     int8     one scale for each output channel; `DequantizeLinear` restores float32
     float16  `Cast` restores float32
     float32  as it is

@@ -124,7 +124,10 @@ def main() -> None:
     folder = args.work / "grading" / f"{args.verb}-{args.seed}"
     folder.mkdir(parents=True, exist_ok=True)
     facts = described(bundle, args.verb, args.preset, plan, args.seed, args.draws)
-    (folder / "drawn.json").write_text(json.dumps(facts, indent=1) + "\n")
+    record = folder / "drawn.json"
+    if record.exists() and json.loads(record.read_text()) != facts:
+        sys.exit(f"{folder} holds faces that other weights or another plan drew: put it aside")
+    record.write_text(json.dumps(facts, indent=1) + "\n")
 
     names = load_names(args.work)
     cuts = cut_faces(load_faces(args.work), rows_to_draw(names, args.seed), bundle)

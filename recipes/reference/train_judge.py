@@ -7,15 +7,17 @@ Needs `recognizer.pt`, `grades.json` beside this script, and the faces that draw
 drew. Small heads upon a frozen recognizer's features learn the mean grade of a face: upon the
 teacher's they are the eye, `eye.pt`, which train_stranger.py asks; upon those of the bundle's
 recognizer they become the judge, whose copy of the recognizer then learns along for --minutes.
-With a teacher it learns as well what eyes that saw the other half of the photos say: a grade is
-one opinion, and these say what grades have in common. Writes `judge.pt`, and
+It learns as well what others say that saw the other half of the photos, eyes if there is a teacher:
+a grade is one opinion, and these say what grades have in common. Writes `judge.pt`, and
 `judge-training.ckpt`, a checkpoint, which is gone on from. Faces of one row in five of the training
-faces are not learned from: what is printed is measured on them. With --all what is written learned
-from those as well.
+faces are not learned from: what is printed is measured on them, of eye and heads by those others
+that saw half. With --all what is written learned from them as well.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import json
 import sys
 from collections.abc import Callable
@@ -35,7 +37,6 @@ from common import (
     load_weights,
     mixed_precision,
     save_checkpoint,
-    training_arguments,
 )
 from teacher import Teacher
 
@@ -117,13 +118,6 @@ def load_graded(work: Path, file: Path) -> Graded:
     faces, rows = (np.concatenate(part)[known] for part in parts.values())
     graded = torch.from_numpy(grades[known]).float()
     return Graded(torch.from_numpy(faces), graded, rows, np.concatenate(sheets)[known])
-
-
-def load_judge(work: Path) -> FaceJudge:
-    """The judge that training left, ready to be asked."""
-    judge = FaceJudge(load_recognizer(work).fuse())
-    judge.load_state_dict(load_weights(work / "judge.pt"))
-    return judge.eval().requires_grad_(False)
 
 
 def load_eye(work: Path, teacher: Teacher) -> GradeHeads:
@@ -226,6 +220,31 @@ def learned(
     return heads, said
 
 
+class Lesson:
+    """What is learned from, as a part of a checkpoint: it must not change on the way."""
+
+    def __init__(self, graded: Graded, rows: np.ndarray, *, heard_teacher: bool) -> None:
+        arrays = (graded.grades.numpy(), graded.rows, graded.sheets, rows)
+        text = b"".join(np.ascontiguousarray(array).tobytes() for array in arrays)
+        self._digest = hashlib.sha256(text + bytes([heard_teacher])).hexdigest()
+
+    def state_dict(self) -> dict[str, str]:
+        """Its digest."""
+        return {"digest": self._digest}
+
+    def load_state_dict(self, state: dict[str, str]) -> None:
+        """Compare digests.
+
+        Raises:
+            SystemExit: The checkpoint is about other faces or grades.
+        """
+        if state != self.state_dict():
+            sys.exit(
+                "judge-training.ckpt learned from other faces, grades or a teacher that is not "
+                "here: put it aside"
+            )
+
+
 def learn_along(
     judge: FaceJudge,
     graded: Graded,
@@ -284,7 +303,11 @@ def same(recognizer: FaceRecognizer, bundle: Bundle) -> bool:
 
 
 def main() -> None:
-    parser = training_arguments(__doc__, minutes=12, batch=48, rate=2e-4)
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--work", type=Path, default=Path(".work/reference"))
+    parser.add_argument("--minutes", type=float, default=12, help="of heads and recognizer")
+    parser.add_argument("--batch", type=int, default=48)
+    parser.add_argument("--rate", type=float, default=2e-4)
     parser.add_argument("--grades", type=Path, default=_GRADES)
     parser.add_argument("--steps", type=int, default=2000, help="of the heads alone")
     parser.add_argument("--all", action="store_true", help="learn from the held-out fifth as well")
@@ -301,6 +324,7 @@ def main() -> None:
         seen = views(Teacher(args.teacher).features, graded.faces)
         eye, said = learned("eye", seen, graded, rows, args.steps)
         save_checkpoint(args.work / "eye.pt", eye.state_dict())
+        del seen
         wish = (1 - _HEARSAY) * wish + _HEARSAY * torch.from_numpy(said)
     bundle = Bundle.load(args.bundle) if args.output else None
     recognizer = load_recognizer(args.work).fuse()
@@ -319,7 +343,9 @@ def main() -> None:
     ]
     optimizer = torch.optim.AdamW(groups)
     clock = Clock(args.minutes, args.rate)
-    run = Run(args.work / "judge-training.ckpt", {"network": judge, "optimizer": optimizer}, clock)
+    lesson = Lesson(graded, rows, heard_teacher=args.teacher is not None)
+    parts = {"lesson": lesson, "network": judge, "optimizer": optimizer}
+    run = Run(args.work / "judge-training.ckpt", parts, clock)
     learn_along(judge, graded, wish, rows, run, optimizer, args.batch)
     if not args.all:
         with torch.no_grad():

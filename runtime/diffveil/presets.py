@@ -98,8 +98,8 @@ _HIDE = Plan(
 )
 
 
-# Draws of one photo differ in looks more than photos do. About six first draws in ten are as
-# natural as this, and of the other photos' next few draws mostly one.
+# Draws of one photo differ in looks more than photos do. About half of first draws are as natural
+# as this, and for half of the other photos one of the next five.
 _WHOLE = 0.4
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 
@@ -42,8 +43,11 @@ def test_a_judge_joins_without_changing_anything_else(tiny_bundle: Bundle, judge
 def test_it_computes_what_pytorch_does(
     tiny_bundle: Bundle, tmp_path: Path, batch: int, weights: str
 ) -> None:
-    judge = judge_for(tiny_bundle, seed=batch)
+    wide = FaceRecognizer(0, tiny_bundle.image_size, (32, 64, 128), (1, 1, 1), 5).eval().fuse()
+    judge = judge_for(tiny_bundle, seed=batch, recognizer=wide if weights == "int4" else None)
     bundle = add_judge(tiny_bundle, judge, tmp_path / "bundle", weights=weights)  # type: ignore[arg-type]
+    kinds = {v.dtype for v in ir.load(bundle.program_path("assess")).graph.initializers.values()}
+    assert (ir.DataType.INT4 in kinds) == (weights == "int4")
     size = bundle.image_size
     image = np.random.default_rng(batch).uniform(-1, 1, (batch, 3, size, size)).astype(np.float32)
     with torch.no_grad():

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"
 
 from common import Clock, Run, chances
 from draw_for_grading import rows_to_draw
-from train_judge import Graded, area, learn_along, learned, load_graded, trained, within
+from train_judge import Graded, Lesson, area, learn_along, learned, load_graded, trained, within
 
 from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
@@ -147,34 +147,48 @@ def test_others_speak_of_photos_that_they_have_not_seen(capsys: pytest.CaptureFi
     assert capsys.readouterr().out.startswith("nobody: area")
 
 
+class StepClock(Clock):
+    """A budget in steps: what is learned does not depend on the machine."""
+
+    def tick(self) -> float:
+        self.spent += 1
+        return self.spent / self.budget
+
+
 def test_what_a_judge_sees_with_learns_along(tmp_path: Path) -> None:
-    """Faces graded by how bright they are at one place; an interrupted run is gone on from."""
+    """Faces graded by how bright they are at one place; a run that ended is gone on from."""
     rng = np.random.default_rng(0)
     faces = torch.from_numpy(rng.uniform(-0.2, 0.2, (64, 3, 128, 128)).astype(np.float16))
     grades = torch.from_numpy((np.arange(64) % 2).astype(np.float32))
     faces[1::2, :, 40:60, 40:60] += 0.7
-    graded = Graded(faces, grades, np.arange(64), np.zeros(64, int))
+    graded = Graded(faces, grades, np.r_[np.arange(32), np.arange(32) // 2], np.zeros(64, int))
+    rows = np.arange(64)
 
-    def judge_and_run(minutes: float) -> tuple[FaceJudge, Run, torch.optim.Optimizer]:
+    def run_for(steps: int, *, other: bool = False) -> tuple[FaceJudge, Run]:
         torch.manual_seed(0)
         judge = FaceJudge(FaceRecognizer(8, 112, (8, 12, 16), (1, 1, 1), 5).fuse())
         with torch.no_grad():
             judge.heads.measure(judge.features(faces.float()))
         optimizer = torch.optim.AdamW(judge.parameters())
-        parts = {"network": judge, "optimizer": optimizer}
-        return judge, Run(tmp_path / "judge.ckpt", parts, Clock(minutes, 0.02)), optimizer
+        lesson = Lesson(graded, rows, heard_teacher=other)
+        parts = {"lesson": lesson, "network": judge, "optimizer": optimizer}
+        run = Run(tmp_path / "judge-training.ckpt", parts, StepClock(steps / 60, 0.05))
+        learn_along(judge, graded, grades, rows, run, optimizer, 16)
+        return judge, run
 
-    judge, run, optimizer = judge_and_run(0.07)
-    before = judge.trunk[1].conv1.weight.clone()
-    learn_along(judge, graded, grades, np.arange(64), run, optimizer, 16)
-    assert run.step > 0
-    assert not torch.equal(judge.trunk[1].conv1.weight, before)
+    judge, run = run_for(60)
+    assert run.step == 59
     with torch.no_grad():
         found = judge(faces.float()).numpy()
     assert np.corrcoef(found, grades.numpy())[0, 1] > 0.8
-    again, resumed, _ = judge_and_run(0.07)
-    assert resumed.step == run.step
-    torch.testing.assert_close(again.state_dict(), judge.state_dict())
+    same, ended = run_for(60)
+    assert ended.step == run.step
+    torch.testing.assert_close(same.state_dict(), judge.state_dict())
+    longer, on = run_for(80)
+    assert on.step > run.step
+    assert not torch.equal(longer.trunk[1].conv1.weight, judge.trunk[1].conv1.weight)
+    with pytest.raises(SystemExit, match="other faces, grades or a teacher"):
+        run_for(80, other=True)
 
 
 def test_half_of_what_is_drawn_is_of_a_rare_kind() -> None:

@@ -11,11 +11,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
 import unpack
-from common import load_recognizer
-from train_judge import load_judge
+from common import load_recognizer, load_weights
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
+from diffveil_export.reference.judge import FaceJudge
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 
@@ -29,7 +29,9 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("batch", [1, 3])
 def test_recognizer_and_judge_see_what_the_programs_see(work: Path, batch: int) -> None:
     faces = np.random.default_rng().uniform(-1, 1, (batch, 3, 128, 128)).astype(np.float32)
-    recognizer, judge = load_recognizer(work).eval(), load_judge(work).eval()
+    recognizer = load_recognizer(work).eval()
+    judge = FaceJudge(load_recognizer(work).fuse()).eval()
+    judge.load_state_dict(load_weights(work / "judge.pt"))
     with Programs(Bundle.load(), ONNXRuntimeCPU()) as programs, torch.no_grad():
         given = torch.from_numpy(faces)
         for network, expected in (

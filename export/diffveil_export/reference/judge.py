@@ -102,11 +102,11 @@ class GradeHeads(nn.Module):
 class FaceJudge(nn.Module):
     """Aligned face crops to how natural the faces in them look.
 
-    It sees with a recognizer's eyes, which already know eyes, noses and mouths: a bundle that has
-    the recognizer stores little more for it.
+    It sees with a recognizer's eyes, which already know eyes, noses and mouths. As long as they are
+    as they were, a bundle that has the recognizer stores little more for it.
 
     Args:
-        recognizer: Fused; its layers are used as they are.
+        recognizer: Fused; the judge takes over its layers.
     """
 
     def __init__(self, recognizer: FaceRecognizer) -> None:
