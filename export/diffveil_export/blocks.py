@@ -40,19 +40,15 @@ def fit_blocks(weight: _F32, axis: int) -> tuple[_Integers, _F16]:
     """
     blocks = _blocks(weight, axis)
     largest = np.abs(blocks).max(-1, keepdims=True)
-    chosen: tuple[_Integers, _F16] | None = None
-    least = np.zeros_like(largest)
+    best = np.zeros(blocks.shape, np.int8), np.ones(largest.shape, np.float16)
+    least = np.full_like(largest, np.inf)
     for share in _SHARES:
         integers, scale = _rounded(blocks, np.float32(share) * largest)
         error = np.square(integers * scale.astype(np.float32) - blocks).sum(-1, keepdims=True)
-        if chosen is None:
-            chosen, least = (integers, scale), error
-            continue
         better = error < least
-        chosen = np.where(better, integers, chosen[0]), np.where(better, scale, chosen[1])
+        best = np.where(better, integers, best[0]), np.where(better, scale, best[1])
         least = np.minimum(least, error)
-    assert chosen is not None
-    return _unblocked(chosen[0], axis), _unblocked(chosen[1], axis)
+    return _unblocked(best[0], axis), _unblocked(best[1], axis)
 
 
 def read_blocks(weight: _F32, axis: int) -> tuple[_Integers, _F16] | None:

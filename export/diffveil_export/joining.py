@@ -16,12 +16,7 @@ from diffveil.golden import GOLDEN_FILE, check_backend
 from diffveil.programs import Dimensions, ProgramSpec
 from diffveil_export.bundle_writer import ProgramFacts, enter_program
 from diffveil_export.lower import INT4_OPSET, OPSET
-from diffveil_export.storage import (
-    DataFile,
-    StoredWeights,
-    WeightStorage,
-    shrink_initializers,
-)
+from diffveil_export.storage import DataFile, StoredWeights, WeightStorage, shrink_initializers
 from diffveil_export.verify import check_program, require_parity
 
 __all__ = ["enter_checked", "opset_of", "save_with_weights"]

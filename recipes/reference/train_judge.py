@@ -319,13 +319,12 @@ def main() -> None:
 
     graded = load_graded(args.work, args.grades)
     rows = np.flatnonzero(np.ones(len(graded.rows), bool) if args.all else ~graded.held_out)
-    wish = graded.grades
+    others: np.ndarray | None = None
     if args.teacher:
         seen = views(Teacher(args.teacher).features, graded.faces)
-        eye, said = learned("eye", seen, graded, rows, args.steps)
+        eye, others = learned("eye", seen, graded, rows, args.steps)
         save_checkpoint(args.work / "eye.pt", eye.state_dict())
         del seen
-        wish = (1 - _HEARSAY) * wish + _HEARSAY * torch.from_numpy(said)
     bundle = Bundle.load(args.bundle) if args.output else None
     recognizer = load_recognizer(args.work).fuse()
     if bundle is not None and not same(recognizer, bundle):
@@ -335,8 +334,8 @@ def main() -> None:
     judge.heads, said = learned(
         "heads", views(judge.features, graded.faces), graded, rows, args.steps
     )
-    if not args.teacher:
-        wish = (1 - _HEARSAY) * wish + _HEARSAY * torch.from_numpy(said)
+    heard = torch.from_numpy(said if others is None else others)
+    wish = (1 - _HEARSAY) * graded.grades + _HEARSAY * heard
     groups = [
         {"params": judge.trunk.parameters(), "weight_decay": 0.05},
         {"params": judge.heads.parameters(), "weight_decay": 0.1, "pace": 2.5},
