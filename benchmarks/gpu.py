@@ -34,7 +34,7 @@ import torch
 from benchmarks._gpu_bundle import SIZES, make_bundle, random_components
 from benchmarks._gpu_gan import GanAnonymizer
 from benchmarks._gpu_report import absent, measured, newest, render
-from benchmarks._gpu_run import TIMED, GpuRun, TimeIsUp, present_gpu
+from benchmarks._gpu_run import GpuRun, TimeIsUp, present_gpu
 from benchmarks._gpu_torch import DTYPES, Mode, gan_cases, paper_cases, torch_device
 from benchmarks._results import Recorder, read
 from diffveil.bundle import Bundle
@@ -197,7 +197,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--precision", choices=list(DTYPES), help="default: float16; tiny: float32")
     parser.add_argument("--backends", type=lambda text: text.split(","), metavar="A,B")
     parser.add_argument(
-        "--presets", type=_presets, default=TIMED, metavar="A,B", help="default: all but draft"
+        "--presets", type=_presets, default=tuple(PRESETS), metavar="A,B", help="default: all"
     )
     parser.add_argument(
         "--batches",

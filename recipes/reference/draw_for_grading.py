@@ -16,7 +16,8 @@ With `--draws 8` every row of a sheet is one photo's face, drawn eight times: su
 judge what makes one draw better than another of the same photo.
 `grades.json` holds the grades: for each such folder what it was drawn by, and for each grader one
 string of digits, a digit a face, with a dot where none was given; `best` is the highest digit where
-it is not 2, as for grades in halves, which are written down twofold.
+it is not 2, as for grades in halves, which are written down twofold; `level` is the mean grade,
+0 … 1, that such faces get where they stand among those of before: graders compare what they see.
 """
 
 from __future__ import annotations

@@ -12,6 +12,8 @@ photo:
   real ones, so that features are sharp and fit the head around them;
 * the recognizer must not take the face for the photo's person, but must if it is hidden;
 * an eye that learned from grades (train_judge.py's `eye.pt`) must find it natural;
+* a reader of landmarks (train_reader.py's `reader.pt`) must find eyes, nose and mouth where the
+  photo has them: a face that looks ahead on a turned head fits nobody;
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
@@ -64,12 +66,15 @@ from landmarks import Finder
 from teacher import Teacher
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 from train_judge import load_eye
+from train_reader import load_reader
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
 from diffveil.plans import Plan
 from diffveil.presets import preset
 from diffveil_export.models.low_rank import load_low_rank, low_rank_parameters
+
+_TURNED = 0.2  # eye distances that a nose is beside their middle: one face in nine
 
 
 def arguments() -> argparse.Namespace:
@@ -83,6 +88,10 @@ def arguments() -> argparse.Namespace:
     parser.add_argument(
         "--natural", type=float, default=0.4, help="weight of eye.pt, which sees with the teacher"
     )
+    parser.add_argument("--fitting", type=float, default=0.4, help="weight of reader.pt, alike")
+    parser.add_argument(
+        "--turned", type=float, default=0.4, help="share of faces that are turned aside"
+    )
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
     parser.add_argument("--hide", type=float, default=0.4, help="share of batches that are hidden")
@@ -92,18 +101,20 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer: one more judge")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     args = parser.parse_args()
-    if args.natural and not (args.teacher and (args.work / "eye.pt").exists()):
-        parser.error(
-            f"--natural {args.natural} asks {args.work}/eye.pt, which sees with --teacher: train "
-            "it (train_judge.py --teacher TEACHER.pt), or give --natural 0"
-        )
+    for option, file, script in (("natural", "eye", "judge"), ("fitting", "reader", "reader")):
+        weight, asked = getattr(args, option), args.work / f"{file}.pt"
+        if weight and not (args.teacher and asked.exists()):
+            parser.error(
+                f"--{option} {weight} asks {asked}, which sees with --teacher: train it "
+                f"(train_{script}.py --teacher TEACHER.pt), or give --{option} 0"
+            )
     return args
 
 
 def main() -> None:
     args = arguments()
     device = args.device
-    aims = Aims(args.adversarial, args.repel, args.margin, args.known, args.natural)
+    aims = Aims(args.adversarial, args.repel, args.margin, args.known, args.natural, args.fitting)
 
     def wrap(function: Any) -> Any:
         return torch.compile(function, dynamic=False) if args.compile else function
@@ -128,9 +139,12 @@ def main() -> None:
     sampler = Sampler(ordinary, Programs(Bundle.load(args.bundle), ONNXRuntimeCPU()), device)
     teacher = Teacher(args.teacher, device) if args.teacher else None
     eye = load_eye(args.work, teacher) if teacher is not None and args.natural else None
+    reader = load_reader(args.work, teacher) if teacher is not None and args.fitting else None
     where = regard(sampler.template, CROP)
-    judges = Judges(recognizer, device, teacher=teacher, eye=eye, regard=where, wrap=wrap)
-    find = Finder(data, offsets)
+    judges = Judges(
+        recognizer, device, teacher=teacher, eye=eye, reader=reader, regard=where, wrap=wrap
+    )
+    find = Finder(data, offsets, args.work)
     settings: Any = {"betas": (0.0, 0.99), "weight_decay": 1e-3}
     optimizer = torch.optim.AdamW(factors, **settings)
     critic_optimizer = torch.optim.AdamW(judges.critic.parameters(), **settings)
@@ -147,6 +161,8 @@ def main() -> None:
         group["pace"] = args.critic_pace
     rng = np.random.default_rng(time.time_ns())
     likely = chances(in_whole_photos(load_names(args.work)), args.whole)
+    likely = likely * chances(find.turned(_TURNED), args.turned)
+    likely /= likely.sum()
     some = rng.choice(len(data), 96, replace=False, p=likely)
     judges.measure(crop(data, some, np.zeros(len(some), np.int64), offsets).to(device))
     plans = [preset("fast").anonymize, preset("balanced").anonymize, preset("fast").hide]
@@ -199,6 +215,8 @@ def main() -> None:
         plan, table = plans[which], tables[which]
         landmarks = [find.landmarks(int(rows[i]), int(flips[i])) for i in mine]
         faces = faces_of(images[mine], both[mine], plan, landmarks)
+        unknown = np.full((5, 2), np.nan)
+        places = np.stack([unknown if found is None else found for found in landmarks])
         stop = int(rng.integers(len(table.steps)))
         if rng.random() < 0.25:  # what is seen in the end
             stop = len(table.steps) - 1
@@ -222,6 +240,7 @@ def main() -> None:
             aims,
             hidden=hidden,
             step=run_.step,
+            landmarks=torch.from_numpy(places).float().to(device),
         )
         (gradient,) = torch.autograd.grad((image * toward).sum(), latent)
         strength = toward.square().mean((1, 2, 3), keepdim=True).sqrt()

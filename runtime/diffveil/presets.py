@@ -159,17 +159,7 @@ _FAST = Preset(
     recovery=Inversion(sampler="o-belm", steps=8),
 )
 
-# Nobody waits for looks: drawn again is only who would still be known, or hidden no longer known.
-_DRAFT = replace(
-    _FAST,
-    name="draft",
-    anonymize=replace(_FAST.anonymize, natural=0.0),
-    hide=replace(_FAST.hide, natural=0.0),
-)
-
-PRESETS: Mapping[str, Preset] = MappingProxyType(
-    {p.name: p for p in (_DRAFT, _FAST, _BALANCED, _PAPER)}
-)
+PRESETS: Mapping[str, Preset] = MappingProxyType({p.name: p for p in (_FAST, _BALANCED, _PAPER)})
 """All presets by name."""
 
 DEFAULT_PRESET = "fast"

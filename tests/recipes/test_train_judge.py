@@ -68,6 +68,14 @@ def test_grades_in_halves_count_as_much(tmp_path: Path) -> None:
     assert load_graded(tmp_path, file).grades.tolist() == [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
 
 
+def test_grades_of_better_faces_are_brought_to_their_level(tmp_path: Path) -> None:
+    file = graded_folder(tmp_path, ["0112.2"])
+    entry = json.loads(file.read_text())[0]  # their mean is 0.6
+    file.write_text(json.dumps([entry | {"level": 0.8}]))
+    expected = [0.2, 0.7, 0.7, 1.0, 1.0]  # none is more than the best
+    np.testing.assert_allclose(load_graded(tmp_path, file).grades, expected, rtol=1e-6)
+
+
 def test_draws_are_compared_with_those_of_their_photo() -> None:
     rng = np.random.default_rng()
     photos = np.repeat(rng.permutation(20), 5)

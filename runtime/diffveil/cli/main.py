@@ -234,7 +234,7 @@ def _add_protection(parser: argparse.ArgumentParser) -> None:
     look.add_argument(
         "--variants", metavar="N", type=_count, default=1, help="different results a photo"
     )
-    look.add_argument("--preset", metavar="NAME", help="fast (default), draft, balanced or paper")
+    look.add_argument("--preset", metavar="NAME", help="fast (default), balanced or paper")
     look.add_argument("--steps", metavar="N", type=_count, help="denoising steps of the preset")
     look.add_argument(
         "--strength", metavar="X", type=_share, help="how far from the photo, above 0 up to 1"
