@@ -10,7 +10,6 @@ import torch
 from common import mixed_precision, place
 from critics import FaceCritic, hinge, look, measure, merit
 from distill import unit
-from landmarks import Reader
 from teacher import Teacher
 from torch import nn
 from torch.nn import functional as F
@@ -19,7 +18,6 @@ from diffveil_export.reference.judge import GradeHeads
 from diffveil_export.reference.recognizer import FaceRecognizer
 
 _NATURAL = 2.0  # log-odds of naturalness that leave nothing to wish
-_OFF = 1.5  # pixels from where the photo has it that a landmark may be
 _WARM_UP = 150  # steps until the critic counts in full: it knows nothing at first
 
 
@@ -33,15 +31,13 @@ class Aims:
         strange: Cosine to the photo's person that is strange enough.
         known: Cosine that a hidden face is to keep.
         natural: Weight of the eye, where there is one.
-        fitting: Weight of the reader, where there is one.
     """
 
     adversarial: float = 1.0
     likeness: float = 0.3
     strange: float = 0.0
     known: float = 0.6
-    natural: float = 0.4
-    fitting: float = 0.4
+    natural: float = 2.0
 
 
 def _uphill(loss: torch.Tensor, image: torch.Tensor, *, keep: bool = False) -> torch.Tensor:
@@ -63,7 +59,6 @@ class Judges:
         teacher: What the recognizer was distilled from: one more that faces are to deceive, and
             features for the critic.
         eye: What learned from grades how natural faces look by the teacher's features.
-        reader: What sees where landmarks are by the teacher's features.
         regard: How much each place of a face counts for the critic, [1, 1, S, S].
         wrap: `torch.compile`, or what leaves functions as they are.
     """
@@ -75,7 +70,6 @@ class Judges:
         *,
         teacher: Teacher | None = None,
         eye: GradeHeads | None = None,
-        reader: Reader | None = None,
         regard: torch.Tensor | None = None,
         wrap: Callable[[Any], Any] = lambda function: function,
     ) -> None:
@@ -84,9 +78,9 @@ class Judges:
         self._recognizer, self._device, self._teacher = recognizer, device, teacher
         self._seen = slice(recognizer.margin, recognizer.margin + recognizer.size)
         self._regard = (torch.ones(1) if regard is None else regard).to(device)
-        if (eye is not None or reader is not None) and teacher is None:
-            raise ValueError("an eye and a reader see with a teacher: none is given")
-        self._eye, self._reader = eye, reader
+        if eye is not None and teacher is None:
+            raise ValueError("an eye sees with a teacher: none is given")
+        self._eye = eye
         if eye is not None:
             place(eye.requires_grad_(False), device)
             for module in eye.modules():  # no two looks alike: what deceives one says little
@@ -109,7 +103,6 @@ class Judges:
         *,
         hidden: bool,
         step: int,
-        landmarks: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Where all of them together would move drawn faces, as a gradient to descend.
 
@@ -124,7 +117,6 @@ class Judges:
             aims: What is to be reached.
             hidden: Whether the faces are to stay known.
             step: Number of the training's step.
-            landmarks: Where the photos have theirs, [B, 5, 2] in pixels; NaN where not known.
 
         Returns:
             Gradient [B, 3, S, S], and figures to log.
@@ -157,14 +149,8 @@ class Judges:
         if self._eye is not None and aims.natural:
             odds = self._eye(outside)
             unnatural = F.relu(_NATURAL - odds).sum()
-            toward = toward + aims.natural * _uphill(unnatural, shown, keep=True)
+            toward = toward + aims.natural * _uphill(unnatural, shown)
             figures[f"{kind}natural"] = odds.sigmoid().mean()
-        if self._reader is not None and landmarks is not None and aims.fitting:
-            seen = torch.isfinite(landmarks)
-            off = torch.where(seen, self._reader(outside) - landmarks.nan_to_num(), 0.0)
-            far = (off.square().sum(-1) + 1e-4).sqrt()
-            toward = toward + aims.fitting * _uphill(F.relu(far - _OFF).sum(), shown)
-            figures[f"{kind}off"] = far.mean()
         return toward, figures
 
     def mistakes(

@@ -28,7 +28,7 @@ class Teacher:
     """
 
     def __init__(self, file: Path, device: str = "cpu") -> None:
-        self._file, self.device = file, device
+        self._file = file
         self._network: Any = torch.jit.load(file, map_location=device).eval()  # type: ignore[no-untyped-call]
         sums = list(self._sums(device))
         if not sums:

@@ -12,8 +12,6 @@ photo:
   real ones, so that features are sharp and fit the head around them;
 * the recognizer must not take the face for the photo's person, but must if it is hidden;
 * an eye that learned from grades (train_judge.py's `eye.pt`) must find it natural;
-* a reader of landmarks (train_reader.py's `reader.pt`) must find eyes, nose and mouth where the
-  photo has them: a face that looks ahead on a turned head fits nobody;
 * the ordinary model's prediction, and the photo's light, hold it where it should be.
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
@@ -66,7 +64,6 @@ from landmarks import Finder
 from teacher import Teacher
 from train_diffusion import Diffusion, crop, encode_all, load_diffusion
 from train_judge import load_eye
-from train_reader import load_reader
 
 from diffveil.bundle import Bundle
 from diffveil.engines import ONNXRuntimeCPU, Programs
@@ -86,9 +83,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--critic-pace", type=float, default=2.0, help="its share of the rate")
     parser.add_argument("--repel", type=float, default=0.3, help="weight of the recognizers")
     parser.add_argument(
-        "--natural", type=float, default=0.4, help="weight of eye.pt, which sees with the teacher"
+        "--natural", type=float, default=2.0, help="weight of eye.pt, which sees with the teacher"
     )
-    parser.add_argument("--fitting", type=float, default=0.4, help="weight of reader.pt, alike")
     parser.add_argument(
         "--turned", type=float, default=0.4, help="share of faces that are turned aside"
     )
@@ -101,20 +97,18 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--teacher", type=Path, help="TorchScript recognizer: one more judge")
     parser.add_argument("--compile", action="store_true", help="torch.compile the networks")
     args = parser.parse_args()
-    for option, file, script in (("natural", "eye", "judge"), ("fitting", "reader", "reader")):
-        weight, asked = getattr(args, option), args.work / f"{file}.pt"
-        if weight and not (args.teacher and asked.exists()):
-            parser.error(
-                f"--{option} {weight} asks {asked}, which sees with --teacher: train it "
-                f"(train_{script}.py --teacher TEACHER.pt), or give --{option} 0"
-            )
+    if args.natural and not (args.teacher and (args.work / "eye.pt").exists()):
+        parser.error(
+            f"--natural {args.natural} asks {args.work}/eye.pt, which sees with --teacher: train "
+            "it (train_judge.py --teacher TEACHER.pt), or give --natural 0"
+        )
     return args
 
 
 def main() -> None:
     args = arguments()
     device = args.device
-    aims = Aims(args.adversarial, args.repel, args.margin, args.known, args.natural, args.fitting)
+    aims = Aims(args.adversarial, args.repel, args.margin, args.known, args.natural)
 
     def wrap(function: Any) -> Any:
         return torch.compile(function, dynamic=False) if args.compile else function
@@ -139,11 +133,8 @@ def main() -> None:
     sampler = Sampler(ordinary, Programs(Bundle.load(args.bundle), ONNXRuntimeCPU()), device)
     teacher = Teacher(args.teacher, device) if args.teacher else None
     eye = load_eye(args.work, teacher) if teacher is not None and args.natural else None
-    reader = load_reader(args.work, teacher) if teacher is not None and args.fitting else None
     where = regard(sampler.template, CROP)
-    judges = Judges(
-        recognizer, device, teacher=teacher, eye=eye, reader=reader, regard=where, wrap=wrap
-    )
+    judges = Judges(recognizer, device, teacher=teacher, eye=eye, regard=where, wrap=wrap)
     find = Finder(data, offsets, args.work)
     settings: Any = {"betas": (0.0, 0.99), "weight_decay": 1e-3}
     optimizer = torch.optim.AdamW(factors, **settings)
@@ -215,8 +206,6 @@ def main() -> None:
         plan, table = plans[which], tables[which]
         landmarks = [find.landmarks(int(rows[i]), int(flips[i])) for i in mine]
         faces = faces_of(images[mine], both[mine], plan, landmarks)
-        unknown = np.full((5, 2), np.nan)
-        places = np.stack([unknown if found is None else found for found in landmarks])
         stop = int(rng.integers(len(table.steps)))
         if rng.random() < 0.25:  # what is seen in the end
             stop = len(table.steps) - 1
@@ -240,7 +229,6 @@ def main() -> None:
             aims,
             hidden=hidden,
             step=run_.step,
-            landmarks=torch.from_numpy(places).float().to(device),
         )
         (gradient,) = torch.autograd.grad((image * toward).sum(), latent)
         strength = toward.square().mean((1, 2, 3), keepdim=True).sqrt()

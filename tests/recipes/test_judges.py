@@ -13,7 +13,6 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
 from critics import FEATURES, look
 from judges import Aims, Judges
-from landmarks import Reader
 from teacher import Teacher
 
 from diffveil_export.reference.judge import GradeHeads
@@ -167,35 +166,6 @@ def test_an_eye_wants_faces_more_natural_and_leaves_natural_ones_alone(
 def test_an_eye_needs_a_teacher_to_see_with(recognizer: FaceRecognizer) -> None:
     with pytest.raises(ValueError, match="teacher"):
         Judges(recognizer, "cpu", eye=GradeHeads([6, 10]))
-    with pytest.raises(ValueError, match="see with a teacher"):
-        Judges(recognizer, "cpu", reader=Reader([6, 10], slice(8, 120)))
-
-
-def test_a_reader_wants_landmarks_where_the_photo_has_them(
-    recognizer: FaceRecognizer, teacher: Teacher
-) -> None:
-    reader = Reader([width for width, _ in teacher.shapes], slice(8, 120))
-    judges = Judges(recognizer, "cpu", teacher=teacher, reader=reader)
-    image = 0.3 * torch.randn(3, 3, 128, 128)
-    _, known = look(recognizer, image)
-    aims = Aims(adversarial=0.0, likeness=0.0, fitting=0.7)
-
-    def off(shown: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        distance: torch.Tensor = (reader(teacher.features(shown)) - places).norm(dim=-1)
-        return distance.detach()
-
-    settings: Any = {"hidden": True, "step": 9}
-    places = torch.full((3, 5, 2), 60.0) + 20 * torch.rand(3, 5, 2)
-    wish, figures = judges.wish(image, image, known, EVERYWHERE, aims, landmarks=places, **settings)
-    torch.testing.assert_close(figures["hidden off"], off(image, places).mean(), rtol=1e-3, atol=0)
-    torch.testing.assert_close(wish.square().mean((1, 2, 3)).sqrt(), torch.full((3,), 0.7))
-    assert (off(image - 0.01 * wish, places).sum(1) < off(image, places).sum(1)).all()
-
-    there = reader(teacher.features(image)).detach()
-    there[0] = float("nan")  # of this photo nobody knows
-    there[1, 2] += 30
-    wish, _ = judges.wish(image, image, known, EVERYWHERE, aims, landmarks=there, **settings)
-    assert wish.flatten(1).any(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize("hidden", [False, True])

@@ -9,10 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "recipes/reference"))
-from landmarks import Finder, Reader
+from landmarks import Finder
 from train_diffusion import crop
 
 from diffveil.detectors import CenterFace
@@ -58,7 +57,7 @@ def test_landmarks_lie_where_the_crop_shows_them(
     expected = marks(np.rint((shown + 1) * 127.5))
     np.testing.assert_array_equal(landmarks, expected[SWAPPED] if flip else expected)
     assert find.landmarks(1, flip) is None
-    again = Finder(faces, np.zeros((2, 2, 2), np.int64), tmp_path).cut(offsets)
+    again = Finder(faces, offsets, tmp_path)
     np.testing.assert_array_equal(again.landmarks(0, flip), landmarks)
     assert detector.asked == 2  # one look a face
 
@@ -73,28 +72,3 @@ def test_turned_faces_are_told_by_their_noses(tmp_path: Path) -> None:
     find = Finder(np.zeros((5, 160, 160, 3), np.uint8), np.zeros((5, 2, 2), np.int64), tmp_path)
     assert find.turned(0.28).tolist() == [False, True, True, True, False]
     assert not find.turned(0.32).any()
-
-
-def test_a_reader_learns_where_landmarks_are_in_pixels_of_the_crop() -> None:
-    torch.manual_seed(0)
-    reader = Reader([5, 2], slice(8, 120), width=8)
-    optimizer = torch.optim.Adam(reader.parameters(), 1e-2)
-
-    def drawn(count: int) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """Maps with a spot for each landmark, and where it is: cells are four pixels."""
-        cells = torch.randint(3, 25, (count, 5, 2))
-        spots = torch.zeros(count, 5, 28, 28)
-        for face, at in enumerate(cells):
-            for i, (x, y) in enumerate(at):
-                spots[face, i, y, x] = 6
-        return [spots, torch.randn(count, 2, 4, 4)], 8 + 4 * (cells + 0.5) - 0.5
-
-    for _ in range(120):
-        features, places = drawn(16)
-        loss = (reader(features) - places).square().mean()
-        optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    features, places = drawn(16)
-    off = (reader(features) - places).norm(dim=-1)
-    assert off.mean() < 4  # a cell; at random they are forty pixels off
