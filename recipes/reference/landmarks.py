@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
 from common import CENTER, CROP, nearest_face
 
+from diffveil.cli.progress import ProgressBar
 from diffveil.detectors import CenterFace
 
 _FILE = "landmarks.npy"
@@ -20,6 +22,9 @@ class Finder:
         faces: Training faces, uint8 [N, H, W, 3].
         offsets: Where each is cut, plain and mirrored, int [N, 2, 2].
         work: Folder of the file; a row of it is NaN where no face is found.
+
+    Raises:
+        SystemExit: The file is about other faces.
     """
 
     def __init__(self, faces: np.ndarray, offsets: np.ndarray, work: Path) -> None:
@@ -28,14 +33,18 @@ class Finder:
         file = work / _FILE
         if not file.exists():
             self._known = np.full((len(faces), 5, 2), np.nan, np.float32)
-            for row, pixels in enumerate(faces):
-                found = self.in_picture(np.asarray(pixels))
-                if found is not None:
-                    self._known[row] = found
+            with ProgressBar("landmarks") as bar:
+                for row, pixels in enumerate(faces):
+                    found = self.in_picture(np.asarray(pixels))
+                    if found is not None:
+                        self._known[row] = found
+                    bar(row + 1, len(faces))
             partial = file.with_suffix(".partial.npy")
             np.save(partial, self._known)
             os.replace(partial, file)
         self._known = np.load(file)
+        if len(self._known) != len(faces):
+            sys.exit(f"{file} is about {len(self._known)} other faces, not {len(faces)}: remove it")
 
     def landmarks(self, row: int, flip: int) -> np.ndarray | None:
         """[5, 2] in the crop of a row, mirrored or not; None where no face is found."""

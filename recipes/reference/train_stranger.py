@@ -16,7 +16,7 @@ photo:
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
 Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-rank weights, and
-every 500 steps a copy of them; `stranger-*.png`, held-out faces: photo, then before and now for
+every 100 steps a copy of them; `stranger-*.png`, held-out faces: photo, then before and now for
 each plan.
 """
 
@@ -86,7 +86,7 @@ def arguments() -> argparse.Namespace:
         "--natural", type=float, default=2.0, help="weight of eye.pt, which sees with the teacher"
     )
     parser.add_argument(
-        "--turned", type=float, default=0.4, help="share of faces that are turned aside"
+        "--turned", type=float, default=0.4, help="share of faces turned aside, about"
     )
     parser.add_argument("--margin", type=float, default=0.0, help="cosine that is strange enough")
     parser.add_argument("--known", type=float, default=0.6, help="cosine that hide is to keep")
@@ -180,7 +180,7 @@ def main() -> None:
     def save() -> None:
         run_.save()
         save_change(finished, average.network)
-        if run_.step % 500 == 0:  # for mix_changes.py
+        if run_.step % 100 == 0:  # for mix_changes.py
             save_change(args.work / f"stranger-{run_.step:06d}.safetensors", average.network)
         rows = [probe]
         with torch.no_grad():

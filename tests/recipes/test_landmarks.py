@@ -72,3 +72,5 @@ def test_turned_faces_are_told_by_their_noses(tmp_path: Path) -> None:
     find = Finder(np.zeros((5, 160, 160, 3), np.uint8), np.zeros((5, 2, 2), np.int64), tmp_path)
     assert find.turned(0.28).tolist() == [False, True, True, True, False]
     assert not find.turned(0.32).any()
+    with pytest.raises(SystemExit, match="other faces"):
+        Finder(np.zeros((4, 160, 160, 3), np.uint8), np.zeros((4, 2, 2), np.int64), tmp_path)
