@@ -11,10 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks._recognizers import ARCFACE_TEMPLATE
 from benchmarks.protocol.people import Portrait
-from benchmarks.protocol.perception import proxies
 from benchmarks.protocol.verification import Rate, wilson
+from diffveil.masks import turn
 
 __all__ = ["SMALL", "breakdown", "labels_of", "read_attributes"]
 
@@ -50,9 +49,8 @@ def read_attributes(path: Path) -> Attributes:
 def labels_of(portrait: Portrait, attributes: Attributes) -> dict[str, str]:
     """A portrait's attributes by its file, else by its person, and `head`: turned or frontal."""
     found = dict(attributes.get(portrait.file) or attributes.get(portrait.person) or {})
-    crop = portrait.crop("original", ARCFACE_TEMPLATE, 112)
-    yaw = proxies(portrait.face.landmarks, crop)["yaw"]
-    return {**found, "head": "turned" if abs(yaw) > _TURNED else "frontal"}
+    aside = abs(turn(portrait.face.landmarks))
+    return {**found, "head": "turned" if aside > _TURNED else "frontal"}
 
 
 def breakdown(

@@ -11,6 +11,7 @@ from common import CENTER, CROP, nearest_face
 
 from diffveil.cli.progress import ProgressBar
 from diffveil.detectors import CenterFace
+from diffveil.masks import turn
 
 _FILE = "landmarks.npy"
 
@@ -32,16 +33,7 @@ class Finder:
         self._detector = CenterFace.load()
         file = work / _FILE
         if not file.exists():
-            self._known = np.full((len(faces), 5, 2), np.nan, np.float32)
-            with ProgressBar("landmarks") as bar:
-                for row, pixels in enumerate(faces):
-                    found = self.in_picture(np.asarray(pixels))
-                    if found is not None:
-                        self._known[row] = found
-                    bar(row + 1, len(faces))
-            partial = file.with_suffix(".partial.npy")
-            np.save(partial, self._known)
-            os.replace(partial, file)
+            self._detect(faces, file)
         self._known = np.load(file)
         if len(self._known) != len(faces):
             sys.exit(f"{file} is about {len(self._known)} other faces, not {len(faces)}: remove it")
@@ -59,14 +51,23 @@ class Finder:
 
     def turned(self, least: float) -> np.ndarray:
         """Which faces are turned, bool [N]: the nose lies so many eye distances off the middle."""
-        eyes = self._known[:, 1] - self._known[:, 0]
-        beside = self._known[:, 2] - self._known[:, :2].mean(1)
-        turn = (beside * eyes).sum(1) / np.maximum((eyes * eyes).sum(1), 1e-6)
-        aside: np.ndarray = np.nan_to_num(np.abs(turn)) > least
-        return aside
+        return np.array([abs(turn(found)) > least for found in self._known.astype(np.float64)])
 
     def in_picture(self, pixels: np.ndarray) -> np.ndarray | None:
         """[5, 2] in a picture, uint8 [H, W, 3], of the face nearest to its middle."""
         found = self._detector.detect(pixels)
         middle = np.array(pixels.shape[1::-1]) / 2
         return nearest_face(found, middle).landmarks if found else None
+
+    def _detect(self, faces: np.ndarray, file: Path) -> None:
+        """Write the file, whole or not at all."""
+        known = np.full((len(faces), 5, 2), np.nan, np.float32)
+        with ProgressBar("landmarks") as bar:
+            for row, pixels in enumerate(faces):
+                found = self.in_picture(np.asarray(pixels))
+                if found is not None:
+                    known[row] = found
+                bar(row + 1, len(faces))
+        partial = file.with_suffix(".partial.npy")
+        np.save(partial, known)
+        os.replace(partial, file)

@@ -16,8 +16,8 @@ photo:
 
 Backpropagation goes through the last evaluation only (Clark et al., arXiv 2309.17400, DRaFT-1).
 Writes `stranger.ckpt`, a checkpoint; `stranger.safetensors`, the averaged low-rank weights, and
-every 100 steps a copy of them; `stranger-*.png`, held-out faces: photo, then before and now for
-each plan.
+beside every sheet a copy of them for mix_changes.py; `stranger-*.png`, sheets of held-out faces:
+photo, then before and now for each plan.
 """
 
 from __future__ import annotations
@@ -179,9 +179,8 @@ def main() -> None:
 
     def save() -> None:
         run_.save()
-        save_change(finished, average.network)
-        if run_.step % 100 == 0:  # for mix_changes.py
-            save_change(args.work / f"stranger-{run_.step:06d}.safetensors", average.network)
+        for file in (finished, args.work / f"stranger-{run_.step:06d}.safetensors"):
+            save_change(file, average.network)
         rows = [probe]
         with torch.no_grad():
             clean = vae.encode(probe)

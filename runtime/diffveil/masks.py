@@ -17,6 +17,7 @@ __all__ = [
     "latent_mask",
     "recovery_mask",
     "smoothed_over",
+    "turn",
 ]
 
 Array: TypeAlias = NDArray[np.float64]
@@ -69,8 +70,8 @@ def fitted_mask(size: int, template: ArrayLike, landmarks: ArrayLike) -> Mask:
     if points.shape != (5, 2) or not np.isfinite(points).all():
         raise OptionError(f"landmarks: received {list(points.shape)}, expected finite [5, 2]")
     centre, full, end = _ellipses(size, template)
-    turn = _turn(points) - _turn(np.asarray(template, dtype=np.float64))
-    far, left = int(turn > 0), _far_share(turn)
+    aside = turn(points) - turn(np.asarray(template, dtype=np.float64))
+    far, left = int(aside > 0), _far_share(aside)
     rim = (end - full)[far, 0]
     full[far, 0] *= left
     end[far, 0] = full[far, 0] + left * rim
@@ -172,6 +173,21 @@ def gaussian(images: Array, sigma: float) -> Array:
     return np.asarray(kernel @ images @ kernel)
 
 
+def turn(landmarks: Array) -> float:
+    """How far a head is turned, as its nose tells it.
+
+    Args:
+        landmarks: float64 [5, 2].
+
+    Returns:
+        The nose beside the middle of the eyes, in eye distances; positive to the right. NaN where
+        the landmarks are.
+    """
+    eyes = landmarks[1] - landmarks[0]
+    beside = float((landmarks[2] - landmarks[:2].mean(axis=0)) @ eyes)
+    return beside / max(float(eyes @ eyes), 1e-12)
+
+
 def _ellipses(size: int, template: ArrayLike) -> tuple[Array, Array, Array]:
     """Centre [2] and the semi-axes [[left, top], [right, bottom]] where `face_mask` is 1 and 0."""
     points = np.asarray(template, dtype=np.float64)
@@ -185,13 +201,6 @@ def _ellipses(size: int, template: ArrayLike) -> tuple[Array, Array, Array]:
     room = np.array([[*centre], [*(size - 1 - centre)]]) - (2.0 + 0.03 * size)
     end = np.minimum(full + 0.13 * size, room)
     return centre, np.minimum(full, 0.94 * end), end
-
-
-def _turn(points: Array) -> float:
-    """The nose beside the middle of the eyes, in eye distances; positive to the right."""
-    eyes = points[1] - points[0]
-    beside = float((points[2] - points[:2].mean(axis=0)) @ eyes)
-    return beside / max(float(eyes @ eyes), 1e-12)
 
 
 def _far_share(turn: float) -> float:
